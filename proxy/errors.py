@@ -1,0 +1,204 @@
+"""Every exception this program raises on purpose, and whose fault each one is.
+
+ProxyError
+    ClientFault            the request was wrong; sending it again will not help
+        InvalidRequest     the body, a field or a parameter is not what it must be
+        InvalidPrompt      a well-formed request whose messages no model accepts
+        UnknownModel       no configured model has that name
+        Unauthorized       no token, or an unknown one
+        UnknownPath        nothing is served at that path
+        MethodNotAllowed   the path is served, but not for that method
+        UnsupportedVersion an api-version that is not a number
+        PayloadTooLarge    the body exceeds its limit
+    UpstreamFault          the model server, or the way to it, failed
+        UpstreamStatus     it answered with a status other than 2xx
+        UpstreamReported   it said so itself, inside a reply of status 200
+        UpstreamTruncated  its reply stopped before its end
+        UpstreamGarbled    its reply is not what its content type or dialect promises
+        EventTooLarge      one event of its stream exceeds the limit
+        UpstreamUnreachable  no connection, or none that lasted until a reply
+        DeadlineExceeded   it did not answer in the time the request had
+    ConfigError            the configuration cannot be used; lists every problem
+
+Anything else that escapes is a bug: the client gets a 500, the log a traceback.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+
+class ProxyError(Exception):
+    """A failure that a client can be told about.
+
+    ``message`` is for the client. ``kind`` is a short stable name, used as a metric
+    label and in the log. ``status`` is the HTTP status that describes the failure
+    best; a dialect may have to say it in another way. ``headers`` are safe to pass
+    on to the client.
+    """
+
+    status: int = 500
+    kind: ClassVar[str] = "internal"
+    retryable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.headers: Mapping[str, str] = headers or {}
+        if status is not None:
+            self.status = status
+
+    @property
+    def log_text(self) -> str:
+        """What may stand in the log: never text that a client or a model wrote."""
+        return self.message
+
+
+class ClientFault(ProxyError):
+    status = 400
+    kind = "bad_request"
+
+    @property
+    def log_text(self) -> str:
+        # The message may quote the request.
+        return self.kind
+
+
+class InvalidRequest(ClientFault):
+    pass
+
+
+class InvalidPrompt(ClientFault):
+    kind = "invalid_prompt"
+
+
+class UnknownModel(ClientFault):
+    kind = "unknown_model"
+
+
+class Unauthorized(ClientFault):
+    status = 401
+    kind = "unauthorized"
+
+
+class UnknownPath(ClientFault):
+    status = 404
+    kind = "unknown_path"
+
+
+class MethodNotAllowed(ClientFault):
+    status = 405
+    kind = "method_not_allowed"
+
+
+class UnsupportedVersion(ClientFault):
+    status = 406
+    kind = "unsupported_version"
+
+
+class PayloadTooLarge(ClientFault):
+    status = 413
+    kind = "payload_too_large"
+
+
+class UpstreamFault(ProxyError):
+    status = 502
+    kind = "upstream_error"
+
+
+class UpstreamStatus(UpstreamFault):
+    """The upstream answered with a status other than 2xx.
+
+    ``source`` names the upstream as Cody clients know it, ``body`` is the start of
+    what it said.
+    """
+
+    kind = "upstream_status"
+
+    def __init__(
+        self,
+        source: str,
+        status: int,
+        body: str,
+        *,
+        detail: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(
+            f"{source}: unexpected status code {status}: {body}",
+            status=status,
+            headers=headers,
+        )
+        self.source = source
+        self.body = body
+        self.detail = detail if detail is not None else body
+
+    @property
+    def log_text(self) -> str:
+        return f"upstream status {self.status}"
+
+
+class UpstreamReported(UpstreamFault):
+    """The upstream reported an error inside a reply that began as a success.
+
+    ``status`` is what it would have been as an HTTP status: 429 for an overload,
+    503 for a server out of service, 400 for a request it refused, else 502.
+    """
+
+    kind = "upstream_reported"
+
+    def __init__(
+        self, message: str, *, type: str = "", status: int = 502, detail: str = ""
+    ) -> None:
+        super().__init__(message, status=status)
+        self.type = type
+        self.detail = detail or message
+
+    @property
+    def log_text(self) -> str:
+        return f"upstream reported {self.type or 'an error'} ({self.status})"
+
+
+class UpstreamTruncated(UpstreamFault):
+    kind = "upstream_truncated"
+
+
+class UpstreamGarbled(UpstreamFault):
+    kind = "upstream_garbled"
+
+    @property
+    def log_text(self) -> str:
+        # The message may quote the reply.
+        return self.kind
+
+
+class EventTooLarge(UpstreamFault):
+    kind = "event_too_large"
+
+
+class UpstreamUnreachable(UpstreamFault):
+    kind = "upstream_unreachable"
+    retryable = True
+
+
+class DeadlineExceeded(UpstreamFault):
+    status = 504
+    kind = "deadline_exceeded"
+
+
+class ConfigError(ProxyError):
+    """The configuration cannot be used.
+
+    ``problems`` lists all that is wrong, one line each, with the path to the key.
+    """
+
+    kind = "config"
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
