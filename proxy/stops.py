@@ -1,0 +1,81 @@
+"""Cutting an answer where the client wants it to end.
+
+Model servers take only so many stop sequences, and some leave the one they stopped
+at, or the raw end-of-text token, at the end of the answer. What might be the start
+of either is held back until more text decides.
+"""
+
+from collections.abc import Sequence
+
+# What well-known models end with. Only at the very end of an answer is it taken off:
+# "</s>" in the middle may well be HTML.
+END_OF_TEXT = (
+    "<|endoftext|>",
+    "</s>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<eos>",
+    "<end_of_turn>",
+    "<｜end▁of▁sentence｜>",
+    "<file_sep>",
+    "<|file_sep|>",
+    "<EOT>",
+)
+
+
+class Cutter:
+    """Passes text on up to the first of ``stops``, and without a trailing ``ends``.
+
+    ``is_cut`` is set at the first stop sequence; from then on nothing comes out.
+    """
+
+    def __init__(self, stops: Sequence[str], ends: Sequence[str] = ()) -> None:
+        self.is_cut = False
+        self._stops = tuple(stops)
+        self._ends = tuple(ends)
+        # A held tail is the beginning of a stop, or an end marker, whole or begun.
+        self._held_forms = {s[:n] for s in self._stops for n in range(1, len(s))}
+        self._held_forms |= {e[:n] for e in self._ends for n in range(1, len(e) + 1)}
+        self._first_chars = frozenset(s[0] for s in (*self._stops, *self._ends))
+        self._longest = max(map(len, self._held_forms), default=0)
+        self._held = ""
+
+    def feed(self, text: str) -> str:
+        """Return what of the text so far is sure to belong to the answer."""
+        if self.is_cut:
+            return ""
+        if not self._held and self._first_chars.isdisjoint(text):
+            return text
+        text = self._held + text
+        if (cut := self._first_stop(text)) is not None:
+            self.is_cut = True
+            self._held = ""
+            return text[:cut]
+        keep = self._held_length(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def end(self) -> str:
+        """Return the rest: what was held back and is no end marker."""
+        rest, self._held = self._held, ""
+        for end in self._ends:
+            if rest.endswith(end):
+                return rest[: -len(end)]
+        return rest
+
+    def _first_stop(self, text: str) -> int | None:
+        # The one that is complete first: so the answer is the same however the text
+        # was cut into pieces, and the same as that of a server that stops there.
+        found = [
+            (at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0
+        ]
+        return min(found)[1] if found else None
+
+    def _held_length(self, text: str) -> int:
+        first = max(0, len(text) - self._longest)
+        for at in range(first, len(text)):
+            if text[at] in self._first_chars and text[at:] in self._held_forms:
+                return len(text) - at
+        return 0
