@@ -1,0 +1,171 @@
+"""What every dialect is made of: the interfaces between it and the exchange."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import msgspec
+
+from proxy.completion import CompletionRequest, Delta, Usage
+from proxy.dialects.fault import decode_lenient, fault_in, fault_in_text
+from proxy.errors import (
+    ProxyError,
+    UpstreamFault,
+    UpstreamGarbled,
+    UpstreamReported,
+    UpstreamTruncated,
+)
+from proxy.sse import Event
+
+JSON = "application/json"
+EVENT_STREAM = "text/event-stream"
+
+SNIPPET_CHARS = 200
+RETRY_AFTER_S = 5
+
+
+class Head(msgspec.Struct, frozen=True):
+    """A client's request without its body. ``headers`` ignores case."""
+
+    method: str
+    path: str
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+
+
+class Reply(msgspec.Struct):
+    """A whole reply to a client."""
+
+    status: int
+    content_type: str
+    body: bytes
+    headers: dict[str, str] = {}
+
+
+def error_headers(error: ProxyError) -> dict[str, str]:
+    """The headers that go with an error, whatever the dialect.
+
+    TGI and others never say when to come back; clients need to know.
+    """
+    headers = dict(error.headers)
+    if error.status == 429 and "retry-after" not in headers:
+        headers["retry-after"] = str(RETRY_AFTER_S)
+    return headers
+
+
+class Writer(Protocol):
+    """Says one reply in the client's dialect.
+
+    Either ``frames`` any number of times and then ``end`` or ``error``; or ``body``
+    once. ``error_reply`` is for failures while nothing has been sent yet.
+    """
+
+    @property
+    def stream_headers(self) -> Mapping[str, str]: ...
+    def frames(self, deltas: list[Delta]) -> bytes: ...
+    def end(self) -> bytes: ...
+    def error(self, error: ProxyError) -> bytes: ...
+    def body(self, deltas: list[Delta]) -> bytes: ...
+    def error_reply(self, error: ProxyError) -> Reply: ...
+
+
+class Incoming(Protocol):
+    """The client's side of a dialect, for one path."""
+
+    def check_method(self, head: Head) -> None:
+        """Raises: MethodNotAllowed."""
+        ...
+
+    def check(self, head: Head) -> None:
+        """Refuse what can be refused of a known client before its body is read.
+
+        Raises: ClientFault: what is wrong.
+        """
+        ...
+
+    def parse(self, head: Head, body: bytes) -> tuple[CompletionRequest, Writer]:
+        """Raises: ClientFault: what is wrong with the body."""
+        ...
+
+    def error_reply(self, error: ProxyError) -> Reply:
+        """Say a failure that happened before there was a writer."""
+        ...
+
+
+class Reader:
+    """Turns the events of one upstream reply into deltas.
+
+    ``finished``: the answer is complete, only usage may follow. ``ended``: nothing
+    at all follows. ``usage``: the latest token counts, which the exchange passes on
+    once, at the end.
+    """
+
+    finished = False
+    ended = False
+    usage: Usage | None = None
+    model = ""
+
+    def __init__(self) -> None:
+        self.understood = False
+        self._skipped = ""
+
+    def read(self, event: Event, out: list[Delta]) -> None:
+        """Append what ``event`` says to ``out``.
+
+        Raises: UpstreamFault: the event is, or contains, an error.
+        """
+        raise NotImplementedError
+
+    def read_body(self, body: bytes) -> list[Delta]:
+        """Return what a whole reply says.
+
+        Raises: UpstreamFault: it is an error, or is not of this dialect.
+        """
+        raise NotImplementedError
+
+    def read_odd(self, event: Event) -> None:
+        """Look at an event that is not of this dialect.
+
+        Raises: UpstreamReported: it is an error, of whatever shape.
+        """
+        value = decode_lenient(event.data)
+        named = event.type == "error"
+        fault = fault_in(value, named=named)
+        if fault is None and value is None:
+            fault = fault_in_text(event.data)
+        if fault is None and named:
+            fault = UpstreamReported(
+                event.data.strip() or "upstream sent an empty error"
+            )
+        if fault is not None:
+            raise self.name_fault(fault)
+        # It counts only if no other event makes more sense.
+        self._skipped = self._skipped or event.data[:SNIPPET_CHARS]
+
+    def odd_body(self, body: bytes, wanted: str) -> UpstreamFault:
+        """Say what is wrong with a whole reply that has no ``wanted``."""
+        fault = fault_in(decode_lenient(body))
+        if fault is not None:
+            return self.name_fault(fault)
+        snippet = body[:SNIPPET_CHARS].decode(errors="replace")
+        return UpstreamGarbled(f"upstream sent a reply without {wanted}: {snippet}")
+
+    def name_fault(self, fault: UpstreamReported) -> UpstreamReported:
+        """Word an error as this dialect's clients know it."""
+        return fault
+
+    def eof(self) -> None:
+        """The stream is over.
+
+        Raises: UpstreamFault: it stopped before the end of the answer.
+        """
+        if self.ended or self.finished:
+            return
+        if self.understood:
+            raise UpstreamTruncated(
+                "upstream closed the stream before the end of the reply"
+            )
+        if self._skipped:
+            raise UpstreamGarbled(
+                f"upstream sent no event of its dialect: {self._skipped}"
+            )
+        raise UpstreamTruncated("stream closed with no events")

@@ -1,0 +1,386 @@
+"""OpenAI's chat completions and completions, as upstream.
+
+Also what TGI, vLLM, llama.cpp, Ollama, Fireworks and Azure make of them: the reader
+takes all their deviations at once, the ``Profile`` says which request fields a
+server accepts.
+
+Sources: https://platform.openai.com/docs/api-reference/chat and TGI's router
+(router/src/lib.rs); the deviations were seen in recorded replies (tests/data).
+"""
+
+import re
+from collections.abc import Sequence
+
+import msgspec
+
+from proxy.completion import (
+    CompletionRequest,
+    Delta,
+    Finish,
+    ImagePart,
+    Message,
+    Part,
+    Start,
+    Text,
+    TextPart,
+    Thinking,
+    Tool,
+    ToolCall,
+    ToolCallPart,
+    ToolResultPart,
+    Usage,
+)
+from proxy.dialects.base import Reader
+from proxy.dialects.fault import decode_lenient
+from proxy.errors import InvalidPrompt, UpstreamReported
+from proxy.sse import Event
+
+# Models that refuse temperature and stop and want max_completion_tokens.
+_REASONING_MODEL = re.compile(r"^(o\d|gpt-5)")
+
+
+class Profile(msgspec.Struct, frozen=True):
+    """What one kind of OpenAI-like server accepts in a request.
+
+    ``max_stops``: most stop sequences it takes (None: any number); the proxy cuts at
+    the others itself. ``top_k``: it knows the field. ``reasoning_names``: names
+    like o3 or gpt-5 mean OpenAI's own models. ``leaks_end``: its completions end with the raw end-of-text token.
+    """
+
+    max_stops: int | None = None
+    top_k: bool = False
+    reasoning_names: bool = False
+    leaks_end: bool = False
+
+
+# --------------------------------------------------------------------------- requests
+
+
+class _Function(msgspec.Struct):
+    name: str
+    arguments: str
+
+
+class _ToolCall(msgspec.Struct):
+    id: str
+    function: _Function
+    type: str = "function"
+
+
+class _Message(msgspec.Struct, omit_defaults=True):
+    role: str
+    content: str | list[dict[str, object]] | None
+    tool_calls: list[_ToolCall] = []
+    tool_call_id: str = ""
+
+
+class _StreamOptions(msgspec.Struct):
+    include_usage: bool = True
+
+
+class _Body(msgspec.Struct, kw_only=True, omit_defaults=True):
+    model: str
+    messages: list[_Message] | None = None
+    prompt: str | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stop: Sequence[str] | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    tools: list[dict[str, object]] | None = None
+
+
+_encode = msgspec.json.Encoder().encode
+
+
+def build_chat(request: CompletionRequest, profile: Profile) -> bytes:
+    """Return the body of a call of ``…/chat/completions``."""
+    body = _sampling(request, profile)
+    body.messages = [wire for m in request.messages for wire in _messages(m)]
+    body.tools = [_tool(tool) for tool in request.tools] or None
+    return _encode(body)
+
+
+def build_completion(request: CompletionRequest, profile: Profile) -> bytes:
+    """Return the body of a call of ``…/completions``.
+
+    Raises: InvalidPrompt: there is no text to complete.
+    """
+    if not request.messages:
+        raise InvalidPrompt("found zero messages in prompt")
+    body = _sampling(request, profile)
+    # A base model knows no roles: what several messages say is one text to it.
+    body.prompt = "\n\n".join(message.text for message in request.messages)
+    return _encode(body)
+
+
+def _sampling(request: CompletionRequest, profile: Profile) -> _Body:
+    body = _Body(
+        model=request.model,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=request.top_k if profile.top_k else None,
+        stop=request.stop[: profile.max_stops] or None,
+        stream=request.stream,
+        stream_options=_StreamOptions() if request.stream else None,
+    )
+    if profile.reasoning_names and _REASONING_MODEL.match(request.model):
+        body.max_completion_tokens = request.max_tokens
+        body.temperature = body.top_p = body.stop = None
+    else:
+        body.max_tokens = request.max_tokens
+    return body
+
+
+def _messages(message: Message) -> list[_Message]:
+    """One neutral message; each tool result is a message of its own here."""
+    results = [
+        _Message("tool", part.content, tool_call_id=part.id)
+        for part in message.parts
+        if isinstance(part, ToolResultPart)
+    ]
+    calls = [
+        _ToolCall(part.id, _Function(part.name, part.arguments))
+        for part in message.parts
+        if isinstance(part, ToolCallPart)
+    ]
+    content = _content(message.parts)
+    if calls:
+        return [_Message(message.role, content or None, tool_calls=calls)]
+    if results and not content:
+        return results
+    return [*results, _Message(message.role, content)]
+
+
+def _content(parts: list[Part]) -> str | list[dict[str, object]]:
+    # Many servers' templates take only a string, so parts are used only for images.
+    if not any(isinstance(part, ImagePart) for part in parts):
+        return "".join(part.text for part in parts if isinstance(part, TextPart))
+    content: list[dict[str, object]] = []
+    for part in parts:
+        if isinstance(part, TextPart):
+            content.append({"type": "text", "text": part.text})
+        elif isinstance(part, ImagePart):
+            image = {"url": part.url}
+            if part.detail:
+                image["detail"] = part.detail
+            content.append({"type": "image_url", "image_url": image})
+    return content
+
+
+def _tool(tool: Tool) -> dict[str, object]:
+    function: dict[str, object] = {"name": tool.name}
+    if tool.description is not None:
+        function["description"] = tool.description
+    if tool.parameters is not None:
+        function["parameters"] = tool.parameters
+    return {"type": "function", "function": function}
+
+
+# ---------------------------------------------------------------------------- replies
+# Only what is used is declared: msgspec skips the rest without building it.
+
+
+class _FunctionPiece(msgspec.Struct):
+    name: str | None = None
+    arguments: str | dict[str, object] | None = None
+
+
+class _ToolCallPiece(msgspec.Struct):
+    index: int | None = None
+    id: str | None = None
+    function: _FunctionPiece | None = None
+
+
+class _ContentPart(msgspec.Struct):
+    text: str | None = None
+
+
+class _Content(msgspec.Struct, gc=False):
+    """``delta`` of a chunk, ``message`` of a whole reply."""
+
+    content: str | list[_ContentPart] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    refusal: str | None = None
+    # TGI sends one object where OpenAI sends a list.
+    tool_calls: list[_ToolCallPiece] | _ToolCallPiece | None = None
+
+
+class _Choice(msgspec.Struct, gc=False):
+    index: int = 0
+    delta: _Content | None = None
+    message: _Content | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+
+
+class _PromptDetails(msgspec.Struct, gc=False):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct, gc=False):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: _PromptDetails | None = None
+
+
+class _Chunk(msgspec.Struct, gc=False):
+    id: str | None = None
+    model: str | None = None
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: object = None
+
+
+_decode_chunk = msgspec.json.Decoder(_Chunk).decode
+
+
+def _convert_chunk(data: str | bytes) -> _Chunk | None:
+    # Some servers cut a surrogate pair ("\ud83d" | "\ude00") over two chunks, which
+    # msgspec refuses and the client's JSON parser, given both, understands.
+    try:
+        return msgspec.convert(decode_lenient(data), _Chunk)
+    except msgspec.ValidationError:
+        return None
+
+
+class OpenAIReader(Reader):
+    """Reads chunks of either route, and whole replies of either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: dict[int, tuple[str, str]] = {}
+        self._last_call = 0
+
+    def read(self, event: Event, out: list[Delta]) -> None:
+        data = event.data
+        if data.startswith("{") and event.type != "error":
+            try:
+                chunk = _decode_chunk(data)
+            except (msgspec.DecodeError, UnicodeError, RecursionError):
+                if (lenient := _convert_chunk(data)) is None:
+                    self.read_odd(event)
+                    return
+                chunk = lenient
+            if chunk.error or not chunk.choices:
+                self._read_without_choices(chunk, event, out)
+            else:
+                self._read_chunk(chunk, chunk.choices, out)
+        elif data.strip() == "[DONE]":
+            self.ended = True
+        else:
+            self.read_odd(event)
+
+    def read_body(self, body: bytes) -> list[Delta]:
+        out: list[Delta] = []
+        try:
+            chunk: _Chunk | None = _decode_chunk(body)
+        except (msgspec.DecodeError, UnicodeError, RecursionError):
+            chunk = _convert_chunk(body)
+        if chunk is None or chunk.error or not chunk.choices:
+            raise self.odd_body(body, "choices")
+        self._read_chunk(chunk, chunk.choices, out)
+        if not self.finished:
+            out.append(Finish(""))
+        self.finished = self.ended = True
+        return out
+
+    def _read_chunk(
+        self, chunk: _Chunk, choices: list[_Choice], out: list[Delta]
+    ) -> None:
+        if not self.understood:
+            self._read_start(chunk, out)
+        if chunk.usage is not None:
+            self._read_usage(chunk.usage)
+        if self.finished:
+            return
+        for choice in choices:
+            if choice.index == 0:
+                self._read_choice(choice, out)
+
+    def _read_start(self, chunk: _Chunk, out: list[Delta]) -> None:
+        self.understood = True
+        self.model = chunk.model or ""
+        out.append(Start(chunk.id or "", self.model))
+
+    def _read_choice(self, choice: _Choice, out: list[Delta]) -> None:
+        content = choice.delta or choice.message
+        if content is not None:
+            self._read_content(content, out)
+        elif choice.text:
+            out.append(Text(choice.text))
+        reason = choice.finish_reason
+        if reason:  # TGI: "" until the last chunk
+            if reason in ("abort", "error"):
+                raise UpstreamReported(
+                    f"upstream gave up on the reply (finish_reason {reason})",
+                    type=reason,
+                )
+            self.finished = True
+            out.append(Finish(reason))
+
+    def _read_content(self, content: _Content, out: list[Delta]) -> None:
+        thinking = content.reasoning_content or content.reasoning
+        if thinking:
+            out.append(Thinking(thinking))
+        text = content.content
+        if isinstance(text, list):  # Mistral
+            text = "".join(part.text or "" for part in text)
+        if text:
+            out.append(Text(text))
+        if content.refusal:
+            out.append(Text(content.refusal))
+        if content.tool_calls:
+            self._read_tool_calls(content.tool_calls, out)
+
+    def _read_tool_calls(
+        self, calls: list[_ToolCallPiece] | _ToolCallPiece, out: list[Delta]
+    ) -> None:
+        pieces = calls if isinstance(calls, list) else [calls]
+        for position, piece in enumerate(pieces):
+            function = piece.function or _FunctionPiece()
+            index = piece.index
+            if index is None:  # whole replies have no index; odd streams neither
+                index = position if len(pieces) > 1 else self._index_of(piece)
+            call_id, name = self._calls.get(index, ("", ""))
+            call_id = call_id or piece.id or f"call_{index}"
+            # NIM repeats the name in every piece: the first one counts.
+            name = name or function.name or ""
+            self._calls[index] = (call_id, name)
+            self._last_call = index
+            arguments = function.arguments or ""
+            if isinstance(arguments, dict):  # TGI's whole replies
+                arguments = msgspec.json.encode(arguments).decode()
+            out.append(ToolCall(index, call_id, name, arguments))
+
+    def _index_of(self, piece: _ToolCallPiece) -> int:
+        for index, (call_id, _) in self._calls.items():
+            if piece.id == call_id:
+                return index
+        return len(self._calls) if piece.id else self._last_call
+
+    def _read_usage(self, usage: _Usage) -> None:
+        # LocalAI puts zeros into every chunk.
+        if usage.prompt_tokens or usage.completion_tokens:
+            details = usage.prompt_tokens_details
+            self.usage = Usage(
+                usage.prompt_tokens or 0,
+                usage.completion_tokens or 0,
+                details.cached_tokens if details else None,
+            )
+
+    def _read_without_choices(
+        self, chunk: _Chunk, event: Event, out: list[Delta]
+    ) -> None:
+        """An error, a usage chunk, Azure's preamble, or nothing we know."""
+        if chunk.error or (chunk.choices is None and chunk.usage is None):
+            self.read_odd(event)
+            return
+        if not self.understood:
+            self._read_start(chunk, out)
+        if chunk.usage is not None:
+            self._read_usage(chunk.usage)
