@@ -1,0 +1,277 @@
+"""Read plain data (what a YAML or JSON parser returns) into Structs, and say
+everything that is wrong with it at once.
+
+``msgspec.convert`` stops at the first mistake; somebody who pastes eighty lines wants
+the whole list. So the data is walked along the types first, and converted only when
+nothing is wrong. Problems name keys and kinds of values, never a value: any string
+that stands in the wrong place may be a secret.
+"""
+
+import difflib
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from typing import TypeAlias, TypeVar
+
+import msgspec
+from msgspec import inspect
+
+T = TypeVar("T")
+
+_PLAIN_KEY = re.compile(r"[A-Za-z0-9_$-]+")
+
+# bool stands before int because it is a subclass of it.
+_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (type(None), "nothing"),
+    (bool, "true or false"),
+    (int, "an integer"),
+    (float, "a number"),
+    (str, "a string"),
+    (Mapping, "a mapping"),
+    ((list, tuple), "a list"),
+)
+
+# Above it JSON's numbers are not exact; infinity and NaN are not below it.
+_LARGEST = 2**53
+
+_Holds: TypeAlias = Callable[[float, float], bool]
+_BOUNDS: tuple[tuple[str, str, _Holds], ...] = (
+    ("gt", "above", operator.gt),
+    ("ge", "of at least", operator.ge),
+    ("lt", "below", operator.lt),
+    ("le", "of at most", operator.le),
+)
+
+
+def read(data: object, shape: type[T], path: str, problems: list[str]) -> T | None:
+    """Return ``data`` as a ``shape``, or None after adding to ``problems``.
+
+    Args:    path: what the problems call the place of ``data``; "" for the top.
+    """
+    before = len(problems)
+    plain = _Walk(problems).value(data, _type_info(shape), path)
+    return msgspec.convert(plain, shape) if len(problems) == before else None
+
+
+_type_info = lru_cache(inspect.type_info)
+
+
+def join(path: str, key: object) -> str:
+    """Return the path of ``key`` in the mapping at ``path``."""
+    text = str(key)
+    if not _PLAIN_KEY.fullmatch(text):
+        return f'{path}["{text}"]'
+    return f"{path}.{text}" if path else text
+
+
+def hint(word: str, known: Iterable[str]) -> str:
+    """Return what to say of an unknown word: the likeliest known one, or all."""
+    folded = {name.casefold(): name for name in known}
+    close = difflib.get_close_matches(word.casefold(), folded, 1, cutoff=0.7)
+    if close:
+        return f'did you mean "{folded[close[0]]}"?'
+    return f"known: {', '.join(folded.values()) or 'none'}"
+
+
+def _kind(value: object) -> str:
+    unknown = f"a {type(value).__name__}"
+    return next((name for types, name in _KINDS if isinstance(value, types)), unknown)
+
+
+def _expected(shape: inspect.Type) -> str:
+    match shape:
+        case inspect.LiteralType(values):
+            words = ", ".join(f'"{value}"' for value in values)
+            return words if len(values) == 1 else f"one of {words}"
+        case inspect.UnionType(types):
+            names = [_expected(each) for each in types if not _is_none(each)]
+            return " or ".join(dict.fromkeys(names))
+        case inspect.IntType() | inspect.FloatType():
+            name = "an integer" if isinstance(shape, inspect.IntType) else "a number"
+            limits = [
+                f"{text} {getattr(shape, key)}"
+                for key, text, _ in _BOUNDS
+                if getattr(shape, key) is not None
+            ]
+            return " ".join([name, " and ".join(limits)]).strip()
+        case inspect.BoolType():
+            return "true or false"
+        case inspect.StrType():
+            return "a string"
+        case inspect.ListType():
+            return "a list"
+    return "a mapping"
+
+
+def _is_none(shape: inspect.Type) -> bool:
+    return isinstance(shape, inspect.NoneType)
+
+
+def _accepts(shape: inspect.Type, data: object) -> bool:
+    """Say whether ``data`` is at least of the kind of ``shape``."""
+    match shape:
+        case inspect.LiteralType() | inspect.StrType():
+            return isinstance(data, str)
+        case inspect.ListType():
+            return isinstance(data, list | tuple)
+        case inspect.StructType() | inspect.DictType():
+            return isinstance(data, Mapping)
+        case inspect.NoneType():
+            return data is None
+        case inspect.BoolType():
+            return isinstance(data, bool)
+    return isinstance(data, int | float) and not isinstance(data, bool)
+
+
+class _Walk:
+    """Each method returns the data to convert, which is only used without problems."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+
+    def value(self, data: object, shape: inspect.Type, path: str) -> object:
+        if isinstance(shape, inspect.UnionType):
+            return self.union(data, shape, path)
+        if not _accepts(shape, data):
+            return self.mismatch(data, shape, path)
+        match shape:
+            case inspect.StructType():
+                assert isinstance(data, Mapping)
+                return self.struct(data, shape, path)
+            case inspect.DictType():
+                assert isinstance(data, Mapping)
+                return self.mapping(data, shape, path)
+            case inspect.ListType():
+                assert isinstance(data, list | tuple)
+                return self.items(data, shape, path)
+            case inspect.IntType() | inspect.FloatType():
+                assert isinstance(data, int | float)
+                return self.number(data, shape, path)
+            case inspect.LiteralType():
+                return self.word(data, shape, path)
+            case inspect.StrType():
+                assert isinstance(data, str)
+                return self.text(data, path)
+        return data
+
+    def mismatch(self, data: object, shape: inspect.Type, path: str) -> object:
+        text = f"expected {_expected(shape)}, got {_kind(data)}"
+        if isinstance(shape, inspect.StrType) and isinstance(data, int | float):
+            text += "; put it in quotes"
+        self.problems.append(f"{path or 'the file'}: {text}")
+        return data
+
+    def struct(
+        self, data: Mapping[object, object], shape: inspect.StructType, path: str
+    ) -> object:
+        fields = {each.encode_name: each for each in shape.fields}
+        plain: dict[object, object] = {}
+        for key, value in data.items():
+            if not isinstance(key, str) or key not in fields:
+                self.unlisted(key, shape, path)
+            elif value is not None:
+                # null is the same as not given, as in Go, where the blocks come from.
+                plain[key] = self.value(value, fields[key].type, join(path, key))
+        for name, each in fields.items():
+            if each.required and name not in plain:
+                expected = _expected(each.type)
+                self.problems.append(
+                    f"{join(path, name)}: missing; expected {expected}"
+                )
+        if shape.tag_field is not None:
+            plain[shape.tag_field] = shape.tag
+        return plain
+
+    def unlisted(self, key: object, shape: inspect.StructType, path: str) -> None:
+        if key == shape.tag_field:
+            return
+        known = [each.encode_name for each in shape.fields]
+        if shape.tag_field is not None:
+            known.append(shape.tag_field)
+        self.problems.append(f"{join(path, key)}: unknown key; {hint(str(key), known)}")
+
+    def mapping(
+        self, data: Mapping[object, object], shape: inspect.DictType, path: str
+    ) -> object:
+        for key in data:
+            if not isinstance(key, str):
+                at = join(path, key)
+                self.problems.append(
+                    f"{at}: expected a string as key, got {_kind(key)}"
+                )
+        return {
+            key: self.value(value, shape.value_type, join(path, key))
+            for key, value in data.items()
+        }
+
+    def items(
+        self,
+        data: list[object] | tuple[object, ...],
+        shape: inspect.ListType,
+        path: str,
+    ) -> object:
+        return [
+            self.value(value, shape.item_type, f"{path}[{index}]")
+            for index, value in enumerate(data)
+        ]
+
+    def number(
+        self, data: float, shape: inspect.IntType | inspect.FloatType, path: str
+    ) -> object:
+        whole = isinstance(shape, inspect.IntType)
+        if not abs(data) <= _LARGEST:
+            self.problems.append(
+                f"{path}: expected {_expected(shape)}, got too large a one"
+            )
+            return data
+        if whole and data != int(data):
+            return self.mismatch(data, shape, path)
+        for key, _, holds in _BOUNDS:
+            bound = getattr(shape, key)
+            if bound is not None and not holds(data, bound):
+                self.problems.append(f"{path}: expected {_expected(shape)}")
+        # JSON knows no difference between 4000 and 4000.0.
+        return int(data) if whole else data
+
+    def word(self, data: object, shape: inspect.LiteralType, path: str) -> object:
+        if data not in shape.values:
+            words = [str(value) for value in shape.values]
+            near = hint(str(data), words)
+            more = f"; {near}" if near.startswith("did") else ""
+            self.problems.append(f"{path}: expected {_expected(shape)}{more}")
+        return data
+
+    def text(self, data: str, path: str) -> object:
+        try:
+            data.encode()
+        except UnicodeEncodeError:
+            self.problems.append(f"{path}: contains half of a surrogate pair")
+        return data
+
+    def union(self, data: object, shape: inspect.UnionType, path: str) -> object:
+        fitting = [each for each in shape.types if _accepts(each, data)]
+        if not fitting:
+            return self.mismatch(data, shape, path)
+        if isinstance(data, Mapping) and len(fitting) > 1:
+            return self.tagged(data, fitting, path)
+        return self.value(data, fitting[0], path) if data is not None else None
+
+    def tagged(
+        self, data: Mapping[object, object], shapes: list[inspect.Type], path: str
+    ) -> object:
+        tags = {
+            str(each.tag): each
+            for each in shapes
+            if isinstance(each, inspect.StructType)
+        }
+        first = next(iter(tags.values()))
+        at = join(path, first.tag_field)
+        tag = data.get(first.tag_field)
+        if isinstance(tag, str) and tag in tags:
+            return self.struct(data, tags[tag], path)
+        words = inspect.LiteralType(tuple(tags))
+        if tag is None:
+            self.problems.append(f"{at}: missing; expected {_expected(words)}")
+            return data
+        return self.value(tag, words, at)

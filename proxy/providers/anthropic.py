@@ -1,0 +1,35 @@
+"""Anthropic's API; the endpoint is the whole URL, ``/v1/messages`` included."""
+
+from proxy.completion import CompletionRequest
+from proxy.dialects.anthropic import MessagesReader, build_messages
+from proxy.modelconfig.resolved import Endpoint, Model, Provider as Settings
+from proxy.providers.base import Call, headers_for, prepare
+
+API_HEADERS = {"anthropic-version": "2023-06-01"}
+
+
+class AnthropicProvider:
+    source = "Anthropic"
+
+    def __init__(self, settings: Settings) -> None:
+        pass
+
+    def call(
+        self, request: CompletionRequest, model: Model, endpoint: Endpoint
+    ) -> Call:
+        request = for_anthropic(request, model)
+        credentials = {"X-API-Key": endpoint.access_token}
+        return Call(
+            endpoint.url,
+            headers_for(request, endpoint, credentials, API_HEADERS),
+            build_messages(request),
+            MessagesReader(),
+            stops=request.stop,
+        )
+
+
+def for_anthropic(request: CompletionRequest, model: Model) -> CompletionRequest:
+    """Prepare, and drop the stop sequences that the API refuses: blank ones."""
+    request = prepare(request, model)
+    request.stop = [stop for stop in request.stop if stop.strip()]
+    return request

@@ -1,0 +1,142 @@
+"""What every kind of upstream has in common: from a request to a call of it."""
+
+from functools import lru_cache
+from typing import Protocol
+from urllib.parse import quote, urlsplit, urlunsplit
+
+import msgspec
+
+from proxy.completion import ROLES, CompletionRequest, ImagePart, Message, TextPart
+from proxy.dialects.base import EVENT_STREAM, JSON, Reader
+from proxy.errors import InvalidPrompt
+from proxy.modelconfig.resolved import Endpoint, Model
+
+DEFAULT_MAX_TOKENS = {"chat": 4000, "code": 256}
+
+
+class Call(msgspec.Struct):
+    """One call of an upstream, ready to be sent, and how to understand its reply.
+
+    ``stops`` are cut at by us; ``ends`` are taken off the end of the answer.
+    """
+
+    url: str
+    headers: dict[str, str]
+    body: bytes
+    reader: Reader
+    stops: list[str] = []
+    ends: list[str] = []
+
+
+class Provider(Protocol):
+    """``source`` is what Cody clients know this kind of upstream as, in errors."""
+
+    source: str
+
+    def call(
+        self, request: CompletionRequest, model: Model, endpoint: Endpoint
+    ) -> Call:
+        """Raises: InvalidPrompt: this kind of upstream cannot take such messages."""
+        ...
+
+
+def prepare(request: CompletionRequest, model: Model) -> CompletionRequest:
+    """Return the request as this model is to get it: its name, limits and template.
+
+    Raises: InvalidPrompt: a speaker nobody knows, or images for a blind model.
+    """
+    for message in request.messages:
+        if message.role not in ROLES:
+            raise InvalidPrompt(f"unexpected role: {message.role}")
+    if "vision" not in model.capabilities and _has_image(request.messages):
+        raise InvalidPrompt(
+            f'model "{model.ref}" does not take images; if it does, add "vision" to '
+            "its capabilities in modelConfiguration"
+        )
+    messages = request.messages
+    if model.strict_template:
+        messages = fold(messages)
+    limit = model.context_window.max_output_tokens
+    wanted = request.max_tokens or DEFAULT_MAX_TOKENS[request.feature]
+    return msgspec.structs.replace(
+        request,
+        messages=messages,
+        model=model.api_model or model.name,
+        max_tokens=min(wanted, limit),
+        stop=list(dict.fromkeys([*request.stop, *model.stop])),
+        reasoning_effort=request.reasoning_effort or model.reasoning_effort,
+    )
+
+
+def _has_image(messages: list[Message]) -> bool:
+    return any(isinstance(part, ImagePart) for m in messages for part in m.parts)
+
+
+def fold(messages: list[Message]) -> list[Message]:
+    """Return the messages as strict chat templates want them (Mistral, Gemma).
+
+    They take no system role and only alternating ones, starting with the user: the
+    system prompt goes in front of the first question, neighbours are joined, both
+    with a blank line between.
+    """
+    folded: list[Message] = []
+    is_asked = False  # an answer to nothing but the system prompt is none
+    for message in messages:
+        role = "user" if message.role == "system" else message.role
+        is_asked = is_asked or message.role == "user"
+        if message.is_empty or (role == "assistant" and not is_asked):
+            continue
+        if folded and folded[-1].role == role:
+            parts = [*folded[-1].parts, TextPart("\n\n"), *message.parts]
+            folded[-1] = Message(role, parts)
+        else:
+            folded.append(Message(role, message.parts))
+    return folded or messages
+
+
+@lru_cache(maxsize=1024)
+def join_url(url: str, path: str, query: str = "") -> str:
+    """Append ``path`` to the URL's path and ``query`` to its query string."""
+    scheme, host, base, old_query, _ = urlsplit(url)
+    joined = f"{base.rstrip('/')}/{path}" if path else base
+    return urlunsplit(
+        (scheme, host, joined, "&".join(filter(None, (old_query, query))), "")
+    )
+
+
+@lru_cache(maxsize=1024)
+def replace_path(url: str, path: str) -> str:
+    """Keep only scheme and host of the URL."""
+    scheme, host, *_ = urlsplit(url)
+    return urlunsplit((scheme, host, path, "", ""))
+
+
+def token_query(endpoint: Endpoint) -> str:
+    """The query parameter that carries the token, for endpoints that want that."""
+    if not endpoint.access_token_query:
+        return ""
+    return f"{quote(endpoint.access_token_query)}={quote(endpoint.access_token)}"
+
+
+def headers_for(
+    request: CompletionRequest,
+    endpoint: Endpoint,
+    credentials: dict[str, str],
+    api: dict[str, str] | None = None,
+) -> dict[str, str]:
+    """The headers of a call. Configured ones replace the token and win over ours."""
+    return {
+        "Content-Type": JSON,
+        "Accept": EVENT_STREAM if request.stream else JSON,
+        # A compressed stream comes in lumps.
+        "Accept-Encoding": "identity",
+        **(api or {}),
+        **({} if endpoint.headers else credentials),
+        **endpoint.headers,
+    }
+
+
+def bearer(endpoint: Endpoint) -> dict[str, str]:
+    if not endpoint.access_token or endpoint.access_token_query:
+        return {}
+    return {"Authorization": f"Bearer {endpoint.access_token}"}
