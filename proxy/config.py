@@ -1,0 +1,635 @@
+"""The configuration file: its text, its own settings, and what they come to.
+
+The file is YAML; the ``modelConfiguration`` block in it may be JSON with comments, as
+it stands in a site configuration. What the block means is decided in ``modelconfig``,
+what is beside it here. Everything that is wrong is reported at once, and no value that
+could be a secret is ever repeated.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+import yaml
+from msgspec import Meta, field
+from msgspec.structs import replace
+from yaml.reader import ReaderError
+
+from proxy import modelconfig
+from proxy.errors import ConfigError
+from proxy.modelconfig import jsonc
+from proxy.modelconfig.check import hint, join, read as read_data
+from proxy.modelconfig.findings import Findings
+from proxy.modelconfig.provider_overrides import ReadFile, read_secret
+from proxy.modelconfig.refs import made_id
+from proxy.modelconfig.resolved import Model, ModelConfiguration
+from proxy.modelconfig.schema import Block, Keys
+
+TOKENS_VARIABLE = "COMPLETIONS_PROXY_TOKENS"
+DEFAULT_LISTEN = "127.0.0.1:8080"
+
+Positive: TypeAlias = Annotated[int, Meta(gt=0)]
+Seconds: TypeAlias = Annotated[float, Meta(gt=0)]
+
+
+class Limits(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
+    """What is too large: a request's body, one event of a stream."""
+
+    body_bytes: Positive = 32 * 1024 * 1024
+    event_bytes: Positive = 10 * 1024 * 1024
+
+
+class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """For a connection to the upstream, and for a whole request of each feature."""
+
+    connect_s: Seconds = field(name="connect", default=10.0)
+    chat_s: Seconds = field(name="chat", default=480.0)
+    code_s: Seconds = field(name="code", default=60.0)
+
+
+class Token(msgspec.Struct, frozen=True):
+    """Who may use the proxy. ``name`` is for logs, ``sha256`` of the token's text."""
+
+    name: str
+    sha256: bytes
+    email: str = ""
+
+    def __repr__(self) -> str:
+        return f"Token(name={self.name!r})"
+
+    def __rich_repr__(self) -> list[tuple[str, object]]:
+        return [("name", self.name)]
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """All that the proxy is told. ``open`` means that it asks nobody for a token."""
+
+    listen: tuple[tuple[str, int], ...]
+    tokens: tuple[Token, ...]
+    open: bool
+    limits: Limits
+    timeouts: Timeouts
+    models: ModelConfiguration
+    client_version_check: bool = False
+    warnings: tuple[str, ...] = ()
+
+
+# --- the file's shape
+
+
+class _Token(Keys):
+    name: str
+    sha256: str | None = None
+    token: str | None = None
+    token_file: str | None = None
+    email: str = ""
+
+
+class _Auth(Keys):
+    tokens: list[_Token]
+
+
+class _Model(Keys):
+    strict_template: bool | None = None
+
+
+class _File(Keys):
+    model_configuration: Block
+    listen: str | list[str] = DEFAULT_LISTEN
+    auth: Literal["none"] | _Auth | None = None
+    limits: Limits = Limits()
+    timeouts: Timeouts = Timeouts()
+    aliases: dict[str, str] = {}
+    fallback: bool = False
+    models: dict[str, _Model] = {}
+    client_version_check: bool = False
+    # Belongs to an instance; allowed because it stands beside the block there.
+    cody_enabled: bool = field(name="cody.enabled", default=True)
+
+
+def load(
+    text: str,
+    *,
+    environ: Mapping[str, str],
+    directory: Path,
+    listen: str | None = None,
+) -> Settings:
+    """Return the settings that a configuration file's ``text`` gives.
+
+    Args:    directory: what the names of token files are relative to.
+             listen: an address instead of those of the file.
+    Raises:  ConfigError: lists everything that is wrong.
+    """
+    findings = Findings()
+    # An editor's byte order mark; within a line it would be a character like others.
+    data = _parse(text.removeprefix("\ufeff"), findings)
+    data = _expand(data, environ, "", findings)
+    return _settings(data, environ, directory, listen, findings)
+
+
+def read(path: Path, environ: Mapping[str, str], listen: str | None = None) -> Settings:
+    """Return the settings of the file at ``path``. Raises: ConfigError."""
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise ConfigError([f"cannot read {path}: {error.strerror}"]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}: not UTF-8 at byte {error.start}"]) from None
+    return load(text, environ=environ, directory=path.parent, listen=listen)
+
+
+_BARE_URL = re.compile(r"^([^:]+://[^/?#]+)/?$")
+
+
+def for_upstream(
+    url: str,
+    *,
+    type: str,
+    model: str,
+    environ: Mapping[str, str],
+    listen: str | None = None,
+    display_name: str = "",
+) -> Settings:
+    """Return the settings for one upstream with one model, without any file.
+
+    Args:    url: where the server is; scheme and path may be left out for servers
+                 with the OpenAI API.
+             type: as in ``serverSideConfig``.
+             model: what the upstream calls it; characters that no id may have
+                 become "_" in its ref.
+    Raises:  ConfigError: lists everything that is wrong.
+    """
+    provider = "tgi" if type == "huggingface-tgi" else "upstream"
+    url = url if "://" in url else f"http://{url}"
+    if type in ("huggingface-tgi", "openaicompatible"):
+        url = _BARE_URL.sub(r"\1/v1", url)
+    ref = f"{provider}::v1::{made_id(model)}"
+    override = {"modelRef": ref, "modelName": model, "displayName": display_name}
+    data = {
+        "modelConfiguration": {
+            "sourcegraph": None,
+            "providerOverrides": [
+                {"id": provider, "serverSideConfig": {"type": type, "url": url}}
+            ],
+            "modelOverrides": [override],
+            "defaultModels": {"chat": ref, "fastChat": ref, "codeCompletion": ref},
+        }
+    }
+    return _settings(data, environ, Path(), listen, Findings())
+
+
+# --- text -> data
+
+
+_JSON_TYPES = ("null", "bool", "int", "float", "str", "seq", "map")
+
+
+class _Loader(yaml.SafeLoader):
+    """The types of JSON and no others: ``apiVersion: 2024-06-01`` is no date."""
+
+    yaml_implicit_resolvers = {
+        first: [each for each in resolvers if each[0] != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    yaml_constructors = {
+        tag: construct
+        for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in _JSON_TYPES
+    }
+
+    def construct_text(self, node: yaml.ScalarNode) -> str:
+        # JSON writes what is beyond U+FFFF as two escapes, YAML keeps them apart.
+        text = str(self.construct_scalar(node))
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
+_Loader.add_implicit_resolver(
+    # YAML 1.1 takes 1e3 for text, JSON for a number.
+    "tag:yaml.org,2002:float",
+    re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?[eE][+-]?\d+$"),
+    list("-0123456789"),
+)
+
+_COMMENT_AS_TEXT = re.compile(r"(?:^|\s|^(?:true|false|null|-?\d[\d.eE+-]*))(?://|/\*)")
+# Words of the file between quotes in what PyYAML says; '<...>' are its own.
+_QUOTED = re.compile(r"'[^'<]{3,}'")
+
+
+def _parse(text: str, findings: Findings) -> object:
+    """Return the data of ``text``; keys that are given twice go to ``findings``.
+
+    Raises: ConfigError: the text is neither YAML nor JSON with comments.
+    """
+    try:
+        node = _compose(text)
+        _check_keys(node, "", findings)
+        return _Loader("").construct_document(node) if node else None
+    except yaml.YAMLError as error:
+        raise ConfigError([_yaml_problem(error, text)]) from None
+    except (ValueError, LookupError):
+        # Only a tag can do that, as in "!!int x": no text is read as a number unasked.
+        raise ConfigError(["the file: a value does not fit its YAML tag"]) from None
+    except RecursionError:
+        raise ConfigError(["the file: nested too deeply"]) from None
+
+
+def _compose(text: str) -> yaml.Node | None:
+    """Return the tree of ``text``.
+
+    What is YAML is taken as such, unless it has a text like ``// why`` in a JSON part:
+    YAML reads ``[ // why`` and the string in the next line as one long word.
+    """
+    try:
+        node = yaml.compose(text, _Loader)
+    except yaml.YAMLError:
+        return yaml.compose(jsonc.to_yaml(text), _Loader)
+    if not any(map(_has_comment_as_text, _nodes(node))):
+        return node
+    try:
+        return yaml.compose(jsonc.to_yaml(text), _Loader)
+    except yaml.YAMLError:
+        return node
+
+
+def _children(node: yaml.Node | None) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [each for pair in node.value for each in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
+def _nodes(root: yaml.Node | None) -> Iterator[yaml.Node]:
+    seen: set[int] = set()
+    left = [root] if root else []
+    while left:
+        node = left.pop()
+        # An alias in YAML is the very node of its anchor, and may lie within it.
+        if id(node) not in seen:
+            seen.add(id(node))
+            yield node
+            left += _children(node)
+
+
+def _has_comment_as_text(node: yaml.Node) -> bool:
+    return bool(getattr(node, "flow_style", False)) and any(
+        isinstance(each, yaml.ScalarNode)
+        and each.style is None
+        and _COMMENT_AS_TEXT.search(each.value) is not None
+        for each in _children(node)
+    )
+
+
+def _check_keys(node: yaml.Node | None, path: str, findings: Findings) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for index, each in enumerate(node.value):
+            _check_keys(each, f"{path}[{index}]", findings)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        at = join(path, name)
+        if name in lines:
+            text = f"given twice, in line {lines[name]} and in line {line}"
+            findings.problem(at, text)
+        lines.setdefault(name, line)
+        _check_keys(value, at, findings)
+
+
+def _yaml_problem(error: yaml.YAMLError, text: str) -> str:
+    if isinstance(error, ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        return f"line {line}: {error.reason}"
+    assert isinstance(error, yaml.MarkedYAMLError)
+    mark = error.problem_mark or error.context_mark
+    where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "the file"
+    what = ", ".join(filter(None, (error.problem, error.context)))
+    return f"{where}: " + _QUOTED.sub("'…'", what)
+
+
+_VARIABLE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_]\w*)(?::-([^}]*))?\})?", re.ASCII)
+
+
+def _expand(
+    data: object, environ: Mapping[str, str], path: str, findings: Findings
+) -> object:
+    """Return ``data`` with the variables in its strings replaced."""
+    if isinstance(data, dict):
+        return {
+            key: _expand(value, environ, join(path, key), findings)
+            for key, value in data.items()
+        }
+    if isinstance(data, list):
+        return [
+            _expand(value, environ, f"{path}[{index}]", findings)
+            for index, value in enumerate(data)
+        ]
+    if not isinstance(data, str):
+        return data
+
+    def value_of(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        if match[0] == "$${":
+            return "${"
+        if name is None:
+            text = "expected ${NAME} or ${NAME:-default}; a literal ${ is written $${"
+            findings.problem(path, text)
+        elif environ.get(name) or (name in environ and default is None):
+            return environ[name]
+        elif default is None:
+            findings.problem(path, f"environment variable {name} is not set")
+        return default or ""
+
+    return _VARIABLE.sub(value_of, data)
+
+
+# --- data -> settings
+
+
+def _settings(
+    data: object,
+    environ: Mapping[str, str],
+    directory: Path,
+    listen: str | None,
+    findings: Findings,
+) -> Settings:
+    file = read_data(data, _File, "", findings.problems)
+    if file is None or findings.problems:
+        raise ConfigError(findings.problems)
+
+    def read_file(name: str) -> str:
+        return (directory / name).read_text("utf-8")
+
+    addresses = _addresses(listen or file.listen, findings)
+    tokens = _tokens(file.auth, environ, read_file, findings)
+    _check_access(addresses, tokens, file.auth, findings)
+    if not file.cody_enabled:
+        findings.warn("cody.enabled", "ignored")
+    models = _models(file, read_file, findings)
+    if models is None or findings.problems:
+        raise ConfigError(findings.problems)
+    return Settings(
+        listen=addresses,
+        tokens=tokens,
+        open=not tokens,
+        limits=file.limits,
+        timeouts=file.timeouts,
+        models=models,
+        client_version_check=file.client_version_check,
+        warnings=(*findings.warnings, *models.warnings),
+    )
+
+
+_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})")
+
+
+def _addresses(
+    given: str | list[str], findings: Findings
+) -> tuple[tuple[str, int], ...]:
+    listed = isinstance(given, list)
+    found: dict[tuple[str, int], None] = {}
+    for index, text in enumerate(given if isinstance(given, list) else [given]):
+        address = _address(text)
+        if address is None:
+            at = f"listen[{index}]" if listed else "listen"
+            text = 'expected "host:port", as in "127.0.0.1:8080" or "[::1]:8080"'
+            findings.problem(at, text)
+        else:
+            found[address] = None
+    if not given:
+        findings.problem("listen", "expected at least one address")
+    return tuple(found)
+
+
+def _address(text: str) -> tuple[str, int] | None:
+    match = _ADDRESS.fullmatch(text.strip())
+    if match is None or int(match[3]) > 65535:
+        return None
+    if match[1] is None:
+        return match[2], int(match[3])
+    return (match[1], int(match[3])) if _ip(match[1]) else None
+
+
+def _ip(host: str) -> IPv4Address | IPv6Address | None:
+    try:
+        return ip_address(host)
+    except ValueError:
+        return None
+
+
+def _is_loopback(host: str) -> bool:
+    ip = _ip(host)
+    return ip.is_loopback if ip else host == "localhost"
+
+
+def _tokens(
+    auth: _Auth | str | None,
+    environ: Mapping[str, str],
+    read_file: ReadFile,
+    findings: Findings,
+) -> tuple[Token, ...]:
+    """Return the file's tokens, then those of the environment that are not in it."""
+    found: dict[bytes, Token] = {}
+    names: set[str] = set()
+    listed = auth.tokens if isinstance(auth, _Auth) else []
+    for index, given in enumerate(listed):
+        at = f"auth.tokens[{index}]"
+        digest = _digest(given, at, read_file, findings)
+        if given.name in names:
+            findings.problem(f"{at}.name", f'"{given.name}" given twice')
+        if digest in found:
+            findings.problem(at, f'the same token as "{found[digest].name}"')
+        elif digest:
+            found[digest] = Token(given.name, digest, given.email)
+        names.add(given.name)
+    plain = re.split(r"[,\s]+", environ.get(TOKENS_VARIABLE, ""))
+    for index, text in enumerate(filter(None, plain), 1):
+        # The environment is bytes; those that are not UTF-8 are surrogates here.
+        digest = _sha256(text)
+        found.setdefault(digest, Token(f"env-{index}", digest))
+    return tuple(found.values())
+
+
+def _digest(given: _Token, path: str, read_file: ReadFile, findings: Findings) -> bytes:
+    """Return the SHA-256 of a token, b"" if it has none that can be used."""
+    ways = {"sha256": given.sha256, "token": given.token, "tokenFile": given.token_file}
+    if sum(value is not None for value in ways.values()) != 1:
+        findings.problem(path, f"expected one of {', '.join(ways)}")
+        return b""
+    if given.sha256 is not None:
+        return _given_digest(given.sha256, f"{path}.sha256", findings)
+    before = len(findings.problems)
+    token = read_secret(
+        given.token,
+        given.token_file,
+        ("token", "tokenFile"),
+        path,
+        read_file,
+        findings,
+    )
+    if len(findings.problems) == before and len(token.split()) != 1:
+        findings.problem(path, "expected a token without blanks in it")
+    return _sha256(token)
+
+
+def _given_digest(text: str, path: str, findings: Findings) -> bytes:
+    if not re.fullmatch(r"[0-9A-Fa-f]{64}", text):
+        findings.problem(path, "expected 64 hexadecimal digits")
+        return b""
+    digest = bytes.fromhex(text)
+    # What `printf "$TOKEN" | sha256sum` says when TOKEN is not set.
+    if digest == _sha256(""):
+        findings.problem(path, "is the digest of an empty text")
+    return digest
+
+
+def _sha256(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
+_HOW_TO_CLOSE = f"set {TOKENS_VARIABLE} or auth.tokens to let in only who has a token"
+
+
+def _check_access(
+    addresses: tuple[tuple[str, int], ...],
+    tokens: tuple[Token, ...],
+    auth: _Auth | str | None,
+    findings: Findings,
+) -> None:
+    """See to it that nobody leaves the upstreams open to a network by mistake."""
+    if auth == "none" and tokens:
+        text = f'"none" contradicts the tokens in {TOKENS_VARIABLE}'
+        findings.problem("auth", text)
+    if tokens:
+        return
+    public = [_host_port(*each) for each in addresses if not _is_loopback(each[0])]
+    if not public:
+        text = "no token is asked for: every program on this machine can use the models"
+        findings.warn("auth", f"{text}; {_HOW_TO_CLOSE}")
+    elif auth == "none":
+        text = f"no token is asked for: all who reach {', '.join(public)} can use the models"
+        findings.warn("auth", f"{text}; {_HOW_TO_CLOSE}")
+    else:
+        text = f"{', '.join(public)} can be reached from other machines"
+        findings.problem("auth", f'{text}; {_HOW_TO_CLOSE}, or say "auth: none"')
+
+
+def _host_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _models(
+    file: _File, read_file: ReadFile, findings: Findings
+) -> ModelConfiguration | None:
+    """Return the block's models, with what the file says about them beside it."""
+    try:
+        found = modelconfig.resolve(file.model_configuration, read_file=read_file)
+    except ConfigError as error:
+        findings.problems += error.problems
+        return None
+    refs = [model.ref for model in found.models]
+    for ref in file.models:
+        if ref not in refs:
+            findings.problem(join("models", ref), f"unknown model; {hint(ref, refs)}")
+    for name, ref in file.aliases.items():
+        if ref not in refs:
+            text = f'unknown model "{ref}"; {hint(ref, refs)}'
+            findings.problem(join("aliases", name), text)
+    models = tuple(
+        _with_own(model, file.models.get(model.ref)) for model in found.models
+    )
+    return replace(found, models=models, aliases=file.aliases, fallback=file.fallback)
+
+
+def _with_own(model: Model, own: _Model | None) -> Model:
+    if own is None or own.strict_template is None:
+        return model
+    return replace(model, strict_template=own.strict_template)
+
+
+# --- settings -> text
+
+
+def secrets(settings: Settings) -> list[str]:
+    """Return what must not be seen anywhere: the credentials for the upstreams."""
+    endpoints = [
+        endpoint
+        for provider in settings.models.providers.values()
+        for endpoint in provider.endpoints
+    ]
+    found = [secret for endpoint in endpoints for secret in endpoint.secrets]
+    return list(dict.fromkeys(filter(None, found)))
+
+
+def describe(settings: Settings) -> str:
+    """Return what the settings come to, for a person to read; no secret is in it."""
+    models = settings.models
+    sections: dict[str, Sequence[tuple[str, ...]]] = {
+        "listening": [(_host_port(*each),) for each in settings.listen],
+        "access": [(_access(settings.tokens),)],
+        "providers": _provider_rows(models),
+        "models": [_model_row(model) for model in models.models],
+        "defaults": [
+            ("chat", models.default_models.chat),
+            ("fast chat", models.default_models.fast_chat),
+            ("code completion", models.default_models.code_completion),
+        ],
+        "aliases": list(models.aliases.items()),
+        "fallback": [("unknown models become the default",)] * models.fallback,
+        "timeouts": [(_timeouts(settings.timeouts),)],
+        "limits": [(_limits(settings.limits),)],
+        "warnings": [(text,) for text in settings.warnings],
+    }
+    return "\n".join(
+        line for title, rows in sections.items() for line in _section(title, rows)
+    )
+
+
+def _section(title: str, rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    if not rows:
+        return
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = map(str.ljust, row, widths)
+        yield f"{title:<11}{'  '.join(cells)}".rstrip()
+        title = ""
+
+
+def _access(tokens: tuple[Token, ...]) -> str:
+    if not tokens:
+        return "open: no token is asked for"
+    names = ", ".join(token.name for token in tokens)
+    return f"{len(tokens)} token{'s' * (len(tokens) > 1)}: {names}"
+
+
+def _timeouts(timeouts: Timeouts) -> str:
+    return (
+        f"connect {timeouts.connect_s:g} s, chat {timeouts.chat_s:g} s,"
+        f" code {timeouts.code_s:g} s"
+    )
+
+
+def _limits(limits: Limits) -> str:
+    return f"body {limits.body_bytes:,} bytes, event {limits.event_bytes:,} bytes"
+
+
+def _provider_rows(models: ModelConfiguration) -> list[tuple[str, ...]]:
+    return [
+        (provider.id, provider.type, endpoint.public_url or "(the type's own endpoint)")
+        for provider in models.providers.values()
+        for endpoint in provider.endpoints
+    ]
+
+
+def _model_row(model: Model) -> tuple[str, ...]:
+    window = model.context_window
+    return (
+        model.ref,
+        model.api_model or model.name,
+        ", ".join(model.capabilities),
+        f"{window.max_input_tokens} in, {window.max_output_tokens} out",
+    )

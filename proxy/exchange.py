@@ -1,0 +1,246 @@
+"""One reply, from the upstream's bytes to the client's, without I/O.
+
+Duties of whoever drives it: hand in every read (``receive_data``), then either the
+end (``receive_eof``) or what went wrong (``receive_failure``), and write what comes
+back to the client, each time in one piece. An ``UpstreamFault`` that is raised means
+that nothing was said yet: the client can still get a real status. Once ``is_ended``,
+the reply is complete and the upstream may be closed. ``is_finishing`` means that only
+usage may follow, so a short wait is enough.
+"""
+
+from collections.abc import Callable
+
+from proxy.completion import Delta, Finish, Start, Text
+from proxy.dialects.base import EVENT_STREAM, SNIPPET_CHARS, Reader, Writer
+from proxy.errors import ProxyError, UpstreamFault, UpstreamGarbled, UpstreamReported
+from proxy.sse import Event, Parser
+from proxy.stops import Cutter
+
+# A server that sends events under another name is still understood by their look.
+_EVENT_FIELDS = (b"data:", b"event:", b"id:", b"retry:", b":", b"error:")
+_JSON_STARTS = (b"{", b"[")
+
+
+class Exchange:
+    """Args:
+
+    reader, writer: the upstream's dialect and the client's.
+    stream:         the client wants frames rather than one body.
+    content_type:   of the upstream's reply.
+    limit_bytes:    most bytes of one event, or of a whole reply.
+    cutter:         cuts the text at stop sequences, None if there are none.
+    redact:         takes secrets out of an error's text.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        writer: Writer,
+        *,
+        stream: bool,
+        content_type: str,
+        limit_bytes: int,
+        cutter: Cutter | None = None,
+        redact: Callable[[str], str] = str,
+    ) -> None:
+        self.is_started = False  # something was said to the client
+        self.is_answering = False  # the upstream has begun its answer
+        self.is_ended = False
+        self.error: ProxyError | None = None
+        self._reader = reader
+        self._writer = writer
+        self._stream = stream
+        self._cutter = cutter
+        self._redact = redact
+        self._content_type = content_type.partition(";")[0].strip().lower()
+        self._limit_bytes = limit_bytes
+        self._parser: Parser | None = None
+        if self._content_type == EVENT_STREAM:
+            self._parser = Parser(limit_bytes)
+        self._body = bytearray()  # of a reply that is no event stream
+        self._deltas: list[Delta] = []  # for a client that wants one body
+        self._finish_said = False
+        self._is_overrun = False  # text came after the cut: nobody told the upstream
+
+    @property
+    def is_finishing(self) -> bool:
+        return self._finish_said or self._reader.finished
+
+    def receive_data(self, data: bytes) -> bytes:
+        """Return what one read says to the client.
+
+        Raises: UpstreamFault: it is an error, and nothing was said yet.
+        """
+        if self.is_ended:
+            return b""
+        if self._parser is None and not self._is_event_stream(data):
+            self._collect(data)
+            return b""
+        deltas: list[Delta] = []
+        fault = self._read_events(data, deltas)
+        out = self._say(deltas)
+        if fault is not None:
+            return out + self._fail(fault)
+        if self._reader.ended or self._is_overrun:
+            out += self._finish()
+        return out
+
+    def receive_eof(self) -> bytes:
+        """The upstream's reply is over. Raises like ``receive_data``."""
+        if self.is_ended:
+            return b""
+        deltas: list[Delta] = []
+        try:
+            self._read_end(deltas)
+        except UpstreamFault as fault:
+            return self._say(deltas) + self._fail(fault)
+        return self._say(deltas) + self._finish()
+
+    def receive_failure(self, error: ProxyError) -> bytes:
+        """The upstream's reply cannot go on.
+
+        After the end of the answer that does not matter any more. Raises like
+        ``receive_data``, but the given error.
+        """
+        if self.is_ended:
+            return b""
+        if isinstance(error, UpstreamFault) and self._is_complete():
+            return self._finish()
+        return self._fail(error)
+
+    def _is_complete(self) -> bool:
+        try:
+            self._check_end()
+        except UpstreamFault:
+            return False
+        return True
+
+    def _check_end(self) -> None:
+        """Raises: UpstreamFault: the upstream stopped before the end."""
+        cut = self._cutter is not None and self._cutter.is_cut
+        # After our own cut the client has its answer, whatever the upstream does.
+        if not cut or self._reader.finished:
+            self._reader.eof()
+
+    # ------------------------------------------------------------------------ reading
+
+    def _is_event_stream(self, data: bytes) -> bool:
+        if self._body or self._content_type == "application/json":
+            return False
+        if not data.lstrip(b"\xef\xbb\xbf\r\n").startswith(_EVENT_FIELDS):
+            return False
+        self._parser = Parser(self._limit_bytes)
+        return True
+
+    def _collect(self, data: bytes) -> None:
+        self._body += data
+        if len(self._body) > self._limit_bytes:
+            raise UpstreamGarbled(f"upstream reply exceeds {self._limit_bytes} bytes")
+
+    def _read_events(self, data: bytes, deltas: list[Delta]) -> UpstreamFault | None:
+        """Append what the events say; return the error that ends them, if any."""
+        parser, reader = self._parser, self._reader
+        assert parser is not None
+        try:
+            for event in parser.feed(data):
+                reader.read(event, deltas)
+                if reader.ended:
+                    return None
+            if parser.ignored is not None:
+                self._read_ignored(parser)
+        except UpstreamFault as fault:
+            return fault
+        return None
+
+    def _read_ignored(self, parser: Parser) -> None:
+        """Old llama.cpp reports errors in a field called "error"."""
+        name, _, value = (parser.ignored or "").partition(":")
+        if name == "error":
+            self._reader.read_odd(Event("error", value))
+
+    def _read_end(self, deltas: list[Delta]) -> None:
+        if self._parser is None:
+            deltas += self._read_body()
+            return
+        for event in self._parser.end():
+            self._reader.read(event, deltas)
+        try:
+            self._check_end()
+        except UpstreamFault:
+            if self._parser.ignored is not None:  # a JSON error called a stream
+                self._reader.read_odd(Event("message", self._parser.ignored))
+            raise
+
+    def _read_body(self) -> list[Delta]:
+        body = bytes(self._body)
+        if body.lstrip().startswith(_JSON_STARTS):
+            return self._reader.read_body(body)
+        snippet = body[:SNIPPET_CHARS].decode(errors="replace").strip()
+        kind = self._content_type or "no content type"
+        raise UpstreamGarbled(
+            f"upstream sent {kind} instead of a completion: {snippet}"
+            if snippet
+            else f"upstream sent an empty reply ({kind})"
+        )
+
+    # ----------------------------------------------------------------------- speaking
+
+    def _say(self, deltas: list[Delta]) -> bytes:
+        if not deltas:
+            return b""
+        if not self.is_answering:
+            self.is_answering = any(type(delta) is not Start for delta in deltas)
+        if self._cutter is not None:
+            deltas = self._cut(deltas, self._cutter)
+        if not self._stream:
+            self._deltas += deltas
+            return b""
+        out = self._writer.frames(deltas)
+        self.is_started = self.is_started or bool(out)
+        return out
+
+    def _cut(self, deltas: list[Delta], cutter: Cutter) -> list[Delta]:
+        out: list[Delta] = []
+        for delta in deltas:
+            if isinstance(delta, Text):
+                self._is_overrun = self._is_overrun or cutter.is_cut
+                if text := cutter.feed(delta.text):
+                    out.append(Text(text))
+                if cutter.is_cut and not self._finish_said:
+                    out.append(Finish("stop_sequence"))
+                    self._finish_said = True
+            elif not isinstance(delta, Finish):
+                out.append(delta)
+            elif not self._finish_said:
+                out += self._rest()
+                out.append(delta)
+                self._finish_said = True
+        return out
+
+    def _rest(self) -> list[Delta]:
+        """What the cutter holds back when nothing more can come."""
+        text = self._cutter.end() if self._cutter is not None else ""
+        return [Text(text)] if text else []
+
+    def _finish(self) -> bytes:
+        if not self.is_answering:
+            # TGI ends a tool call that never parsed with [DONE] and nothing else.
+            return self._fail(
+                UpstreamReported("upstream ended the stream without an answer")
+            )
+        deltas = self._rest()
+        if self._reader.usage is not None and not self._is_overrun:
+            deltas.append(self._reader.usage)
+        self.is_ended = True
+        self.is_started = True
+        if self._stream:
+            return self._writer.frames(deltas) + self._writer.end()
+        return self._writer.body(self._deltas + deltas)
+
+    def _fail(self, error: ProxyError) -> bytes:
+        self.error = error
+        error.message = self._redact(error.message)
+        self.is_ended = True
+        if not self.is_started:
+            raise error
+        return self._writer.frames(self._rest()) + self._writer.error(error)
