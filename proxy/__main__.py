@@ -1,0 +1,216 @@
+"""The command line: ``completions-proxy serve | check | simulate``."""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from proxy import __version__, config, simulator
+from proxy.config import Settings
+from proxy.errors import ConfigError
+from proxy.log import ExchangeLog
+from proxy.probe import probe
+from proxy.redact import Redactor
+from proxy.server import Listener, Proxy
+from proxy.upstream import Upstream
+
+_DESCRIPTION = """\
+A reverse proxy for completions: it stands in front of a model server (Hugging Face
+TGI, vLLM, llama.cpp, anything OpenAI-like, or a hosted one) and answers Sourcegraph
+Cody clients in their own protocol."""
+
+_SERVE = """\
+Without options it stands in front of an embedded simulator of a model server, so that
+there is something to try at once:
+
+  completions-proxy serve
+  completions-proxy serve --tgi-url http://127.0.0.1:3000
+  completions-proxy serve --config proxy.yaml
+
+Client tokens come from the configuration or from COMPLETIONS_PROXY_TOKENS (separated
+by commas). Without any, only loopback addresses are listened on."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return its exit status."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
+    try:
+        command: Callable[[argparse.Namespace], int] = options.command
+        return command(options)
+    except ConfigError as error:
+        _say("The configuration cannot be used:")
+        for problem in error.problems:
+            _say(f"  - {problem}")
+        return 2
+    except OSError as error:
+        _say(f"error: {error.strerror or error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("completions-proxy", description=_DESCRIPTION)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    serve = commands.add_parser(
+        "serve",
+        help="run the proxy",
+        description=_SERVE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    source = serve.add_mutually_exclusive_group()
+    source.add_argument("--config", type=Path, metavar="FILE", help="a YAML file")
+    source.add_argument(
+        "--tgi-url",
+        metavar="URL",
+        help="base URL of a TGI or another OpenAI-compatible server",
+    )
+    serve.add_argument(
+        "--listen", metavar="HOST:PORT", help="default: the file's, or 127.0.0.1:8080"
+    )
+    serve.set_defaults(command=_serve)
+
+    check = commands.add_parser(
+        "check", help="validate a configuration and print what it comes to"
+    )
+    check.add_argument("config", type=Path, metavar="FILE", help="a YAML file")
+    check.set_defaults(command=_check)
+
+    simulate = commands.add_parser(
+        "simulate", help="run only the simulator of a TGI server"
+    )
+    simulate.add_argument("--host", default="127.0.0.1")
+    simulate.add_argument("--port", type=int, default=3000)
+    simulate.add_argument(
+        "--tokens-per-second",
+        type=float,
+        default=50.0,
+        metavar="N",
+        help="how fast it answers; 0: as fast as it can (default: 50)",
+    )
+    simulate.set_defaults(command=_simulate)
+    return parser
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _run(coroutine: Coroutine[Any, Any, int]) -> int:
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(coroutine)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    try:
+        import uvloop
+    except ImportError:  # the extra "speed" is not installed
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop
+
+
+# ------------------------------------------------------------------------------ check
+
+
+def _check(options: argparse.Namespace) -> int:
+    settings = config.read(options.config, os.environ)
+    print(config.describe(settings))
+    return 0
+
+
+# --------------------------------------------------------------------------- simulate
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    return _run(_simulate_until_stopped(options))
+
+
+async def _simulate_until_stopped(options: argparse.Namespace) -> int:
+    settings = simulator.Settings(tokens_per_s=options.tokens_per_second)
+    running = await simulator.start(settings, options.host, options.port)
+    _say(f"A simulated TGI server answers at {running.url}")
+    await _stop_signal()
+    await running.stop()
+    return 0
+
+
+# ------------------------------------------------------------------------------ serve
+
+
+def _serve(options: argparse.Namespace) -> int:
+    return _run(_serve_until_stopped(options))
+
+
+async def _serve_until_stopped(options: argparse.Namespace) -> int:
+    async with contextlib.AsyncExitStack() as stack:
+        settings = await _settings(options, stack)
+        redact = Redactor(config.secrets(settings))
+        upstream = Upstream(settings.timeouts.connect_s)
+        stack.push_async_callback(upstream.close)
+        log = ExchangeLog(sys.stdout, redact)
+        listener = Listener(Proxy(settings, upstream, log, redact))
+        stack.push_async_callback(listener.stop)
+        addresses = await listener.start()
+        _say(_banner(settings, addresses))
+        await _stop_signal()
+        _say("Stopping: open replies have ten seconds to end.")
+    return 0
+
+
+async def _settings(
+    options: argparse.Namespace, stack: contextlib.AsyncExitStack
+) -> Settings:
+    """From a file, from a server that is running, or for the embedded simulator."""
+    if options.config is not None:
+        return config.read(options.config, os.environ, listen=options.listen)
+    if options.tgi_url is not None:
+        found = await probe(options.tgi_url)
+        if found.warning:
+            _say(f"warning: {found.warning}")
+        url, kind, model = found.url, found.type, found.model
+    else:
+        running = await simulator.start(simulator.Settings())
+        stack.push_async_callback(running.stop)
+        url, kind, model = f"{running.url}/v1", "huggingface-tgi", "simulator"
+    return config.for_upstream(
+        url, type=kind, model=model, environ=os.environ, listen=options.listen
+    )
+
+
+def _banner(settings: Settings, addresses: list[tuple[str, int]]) -> str:
+    host, port = addresses[0]
+    host = f"[{host}]" if ":" in host else host
+    url = f"http://{host}:{port}"
+    question = '{"messages":[{"speaker":"human","text":"What is your name?"}]}'
+    token = "-H 'authorization: token TOKEN' " if settings.tokens else ""
+    return f"""\
+completions-proxy {__version__}
+
+{config.describe(settings)}
+
+Serving {url}; try:
+
+  curl -N '{url}/.api/completions/stream?api-version=2' {token}\\
+    --data-raw '{question}'
+"""
+
+
+async def _stop_signal() -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    await stop.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

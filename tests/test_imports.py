@@ -1,0 +1,83 @@
+"""The house's floors: a module imports only from floors below its own."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent / "proxy"
+
+FLOORS = [
+    {"errors", "sse", "completion", "stops", "redact"},
+    {"dialects", "providers", "modelconfig"},
+    {"exchange", "outcome", "auth", "config", "log"},
+    {"upstream", "relay", "server", "simulator", "probe"},
+    {"__main__"},
+]
+# Rooms of one floor are independent of one another, but for these.
+NEIGHBOURS = {
+    "sse": {"errors"},
+    "completion": {"errors"},
+    "providers": {"dialects", "modelconfig"},
+    "log": {"outcome"},
+    "auth": {"config"},
+    "relay": {"upstream"},
+    "server": {"relay", "upstream"},
+}
+WAITING = {"asyncio", "aiohttp", "socket", "threading", "uvloop"}
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        if parts != ("proxy", "__init__"):
+            yield ".".join(parts), path
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            if node.module == "proxy":
+                yield from (f"proxy.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def floor_of(room: str) -> int:
+    return next(n for n, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def test_every_room_has_a_floor():
+    rooms = {room_of(module) for module, _ in modules()}
+    assert rooms == set().union(*FLOORS)
+
+
+def test_imports_go_down():
+    wrong = []
+    for module, path in modules():
+        room = room_of(module)
+        for name in imports_of(path):
+            if not name.startswith("proxy.") or name == "proxy.__version__":
+                continue
+            other = room_of(name)
+            below = floor_of(other) < floor_of(room)
+            if not (below or other == room or other in NEIGHBOURS.get(room, ())):
+                wrong.append(f"{module} imports {name}")
+    assert wrong == []
+
+
+def test_only_the_edges_wait():
+    wrong = [
+        f"{module} imports {name}"
+        for module, path in modules()
+        for name in imports_of(path)
+        if name.split(".")[0] in WAITING and floor_of(room_of(module)) < 3
+    ]
+    assert wrong == []

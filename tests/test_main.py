@@ -1,0 +1,167 @@
+"""The command line, run as a user runs it."""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from proxy.__main__ import main
+from tests.support.client import request
+from tests.support.cody import read_chat
+from tests.support.fixtures import QUESTION
+from tests.support.upstream import ScriptedUpstream, json_reply, openai_chunks, sse
+
+DATA = Path(__file__).parent / "data"
+ENVIRON = {k: v for k, v in os.environ.items() if k != "COMPLETIONS_PROXY_TOKENS"}
+
+
+class Running:
+    def __init__(self, process: asyncio.subprocess.Process, said: str, url: str):
+        self.process, self.said, self.url = process, said, url
+
+    async def stop(self) -> tuple[int, str]:
+        """Return the exit status and what was written to the standard output."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGTERM)
+        out, _ = await asyncio.wait_for(self.process.communicate(), 15)
+        assert self.process.returncode is not None
+        return self.process.returncode, out.decode()
+
+
+@contextlib.asynccontextmanager
+async def serve(*arguments: str, **environ: str) -> AsyncIterator[Running]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "proxy", "serve", "--listen", "127.0.0.1:0", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=ENVIRON | environ,
+    )
+    assert process.stderr is not None
+    said = ""
+    async with asyncio.timeout(20):
+        while "--data-raw" not in said:
+            line = await process.stderr.readline()
+            assert line, said
+            said += line.decode()
+    match = re.search(r"Serving (http://\S+);", said)
+    assert match, said
+    running = Running(process, said, match[1])
+    try:
+        yield running
+    finally:
+        await running.stop()
+
+
+async def chat(url: str, **headers: str) -> str:
+    path = "/.api/completions/stream?api-version=2"
+    raw = await request(url, path=path, body=QUESTION, headers=headers, within_s=10)
+    return read_chat(raw, 2).text
+
+
+async def test_serve_without_configuration_answers_by_a_simulator():
+    async with serve() as running:
+        assert "simulator" in await chat(running.url)
+        status, out = await running.stop()
+    assert status == 0
+    (line,) = map(json.loads, out.splitlines())
+    assert (line["event"], line["kind"]) == ("exchange", "ok")
+
+
+async def test_serve_in_front_of_tgi(upstream: ScriptedUpstream):
+    upstream.script(json_reply({"model_id": "acme/large"}), path="/info")
+    upstream.script(sse(*openai_chunks(["Hi"])), path="/v1/chat/completions")
+    async with serve("--tgi-url", upstream.url) as running:
+        assert "huggingface-tgi" in running.said and "acme/large" in running.said
+        assert await chat(running.url) == "Hi"
+    assert upstream.last.json()["model"] == "tgi"
+
+
+async def test_serve_in_front_of_another_server(upstream: ScriptedUpstream):
+    upstream.script(json_reply({"detail": "Not Found"}, 404), path="/info")
+    models = {"object": "list", "data": [{"id": "org/tiny", "object": "model"}]}
+    upstream.script(json_reply(models), path="/v1/models")
+    upstream.script(sse(*openai_chunks(["Hi"])), path="/v1/chat/completions")
+    async with serve("--tgi-url", f"{upstream.url}/v1/") as running:
+        assert "openaicompatible" in running.said
+        assert await chat(running.url) == "Hi"
+    assert upstream.last.json()["model"] == "org/tiny"
+
+
+async def test_serve_before_its_upstream_is_up(upstream: ScriptedUpstream):
+    await upstream.stop()
+    async with serve("--tgi-url", upstream.url) as running:
+        assert "does not say what it is" in running.said
+        await upstream.start(upstream.port)
+        upstream.script(sse(*openai_chunks(["Hi"])))
+        assert await chat(running.url) == "Hi"
+
+
+async def test_serve_the_blessed_configuration():
+    async with serve("--config", str(DATA / "blessed.jsonc")) as running:
+        assert "https://mistral.example.com/v1" in running.said
+
+
+async def test_serve_with_a_token_from_the_environment():
+    async with serve(COMPLETIONS_PROXY_TOKENS="cp_secret_token") as running:
+        assert "cp_secret_token" not in running.said
+        assert "authorization: token TOKEN" in running.said
+        assert await chat(running.url, authorization="token cp_secret_token")
+        assert await chat(running.url) == ""
+
+
+async def test_port_that_is_taken_is_said_in_one_line(upstream: ScriptedUpstream):
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "proxy", "serve", "--listen", f"127.0.0.1:{upstream.port}"),
+        stderr=asyncio.subprocess.PIPE,
+        env=ENVIRON,
+    )
+    _, said = await asyncio.wait_for(process.communicate(), 15)
+    assert process.returncode == 1
+    assert said.decode() == (
+        f"error: cannot listen on 127.0.0.1:{upstream.port}: address already in use\n"
+    )
+
+
+def test_check_prints_what_the_configuration_comes_to(capsys):
+    assert main(["check", str(DATA / "blessed.jsonc")]) == 0
+    said = capsys.readouterr().out
+    for word in (
+        "mistral::v1::mixtral-8x7b-instruct",
+        "bigcode::v1::starcoder2-7b",
+        "https://mistral.example.com/v1",
+        "http://starcoder.example.com/v1",
+        "127.0.0.1:8080",
+    ):
+        assert word in said
+
+
+def test_check_lists_every_problem(tmp_path, capsys):
+    file = tmp_path / "proxy.yaml"
+    file.write_text("lisen: x\nmodelConfiguration: {providerOverrides: 7}\n")
+    assert main(["check", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert "The configuration cannot be used:" in said
+    assert 'lisen: unknown key; did you mean "listen"?' in said
+    assert "modelConfiguration.providerOverrides: " in said
+
+
+def test_check_without_a_file(tmp_path, capsys):
+    assert main(["check", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["serve"], ["check"], ["simulate"]])
+def test_help_helps(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    assert caught.value.code == 0
+    assert "completions-proxy" in capsys.readouterr().out
