@@ -78,10 +78,11 @@ class CompletionRequest(msgspec.Struct):
     """What a client asks for, whatever dialect it speaks.
 
     ``None`` means that the client did not say. ``model`` is the client's word until
-    the configuration resolves it. ``prompt`` is the text of a code completion whose
-    dialect has no messages. ``max_tokens`` > 0, ``top_p`` in (0, 1), ``top_k`` > 0
-    where given: parsers map what clients use for "unset" to ``None``. ``user`` is
-    the name of the token that asks.
+    the configuration resolves it. A prompt without roles is one user message.
+    ``max_tokens`` > 0, ``top_p`` in (0, 1), ``top_k`` > 0 where given: parsers map
+    what clients use for "unset" to ``None``. ``tool_choice`` is "auto", "none",
+    "required" or the name of a tool. ``dropped`` names the fields that the client
+    set and that cannot be said here. ``user`` is the name of the token that asks.
     """
 
     feature: Feature
@@ -95,8 +96,13 @@ class CompletionRequest(msgspec.Struct):
     top_k: int | None = None
     stop: list[str] = []
     tools: list[Tool] = []
+    tool_choice: str | None = None
+    seed: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
     reasoning_effort: str | None = None
     user: str = ""
+    dropped: list[str] = []
 
 
 class Start(msgspec.Struct, frozen=True, gc=False):

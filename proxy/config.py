@@ -216,8 +216,8 @@ _Loader.add_implicit_resolver(
 )
 
 _COMMENT_AS_TEXT = re.compile(r"(?:^|\s|^(?:true|false|null|-?\d[\d.eE+-]*))(?://|/\*)")
-# Words of the file between quotes in what PyYAML says; '<...>' are its own.
-_QUOTED = re.compile(r"'[^'<]{3,}'")
+# What PyYAML quotes: <names> of its own, single characters, and words of the file.
+_QUOTED = re.compile(r"'(<[^']*>|[^']{1,2})'|'[^']*'")
 
 
 def _parse(text: str, findings: Findings) -> object:
@@ -308,7 +308,7 @@ def _yaml_problem(error: yaml.YAMLError, text: str) -> str:
     mark = error.problem_mark or error.context_mark
     where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "the file"
     what = ", ".join(filter(None, (error.problem, error.context)))
-    return f"{where}: " + _QUOTED.sub("'…'", what)
+    return f"{where}: " + _QUOTED.sub(lambda m: m[0] if m[1] else "'…'", what)
 
 
 _VARIABLE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_]\w*)(?::-([^}]*))?\})?", re.ASCII)

@@ -149,14 +149,12 @@ def test_defaults_are_explicit():
     assert body("openaicompatible", ask(stream=True)) == {
         "model": "large-1",
         "messages": [{"role": "user", "content": "hi"}],
-        "max_tokens": 4000,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
     assert body("openaicompatible", ask(feature="code")) == {
         "model": "large-1",
         "prompt": "hi",
-        "max_tokens": 256,
         "stream": False,
     }
 
@@ -167,7 +165,11 @@ def test_temperature_zero_is_sent(kind):
     assert sent["temperature"] == 0
 
 
-@pytest.mark.parametrize(("asked", "sent"), [(None, 4000), (30, 30), (10**6, 5000)])
+def test_anthropic_wants_max_tokens():
+    assert body("anthropic")["max_tokens"] == 5000
+
+
+@pytest.mark.parametrize(("asked", "sent"), [(30, 30), (10**6, 5000)])
 def test_max_tokens_up_to_the_model_s(asked, sent):
     assert body("openaicompatible", ask(max_tokens=asked))["max_tokens"] == sent
 
@@ -385,7 +387,6 @@ def test_gemini_messages():
     }
     assert sent["generationConfig"] == {
         "topK": 4,
-        "maxOutputTokens": 4000,
         "stopSequences": list("abcde"),
     }
     assert sent["tools"][0]["functionDeclarations"][0]["name"] == "f"

@@ -64,6 +64,7 @@ class _Body(msgspec.Struct, kw_only=True, omit_defaults=True):
     top_k: int | None = None
     stop_sequences: list[str] | None = None
     tools: list[_Tool] | None = None
+    tool_choice: dict[str, str] | None = None
     thinking: _Thinking | None = None
 
 
@@ -97,6 +98,8 @@ def build_messages(
         ]
         or None,
     )
+    if request.tools and request.tool_choice is not None:
+        body.tool_choice = _tool_choice(request.tool_choice)
     if system is not None:
         _place_system(body, system, system_in_messages)
     if request.reasoning_effort and request.max_tokens:
@@ -132,6 +135,13 @@ def _merge(messages: list[Message]) -> list[_Message]:
         # "final assistant content cannot end with trailing whitespace"
         last.content[-1]["text"] = str(last.content[-1]["text"]).rstrip()
     return wire
+
+
+def _tool_choice(choice: str) -> dict[str, str]:
+    types = {"auto": "auto", "none": "none", "required": "any"}
+    if choice in types:
+        return {"type": types[choice]}
+    return {"type": "tool", "name": choice}
 
 
 def _place_system(body: _Body, system: Message, in_messages: bool) -> None:

@@ -69,7 +69,13 @@ class Writer(Protocol):
 
 
 class Incoming(Protocol):
-    """The client's side of a dialect, for one path."""
+    """The client's side of a dialect, for one path.
+
+    ``dialect`` names the wire format: an upstream that speaks the same one gets the
+    client's own bytes instead of a translation.
+    """
+
+    dialect: str
 
     def check_method(self, head: Head) -> None:
         """Raises: MethodNotAllowed."""

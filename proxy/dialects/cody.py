@@ -47,6 +47,9 @@ DELTA_VERSION = 2  # from here on frames carry only the new text
 USAGE_VERSION = 5
 TOOLS_VERSION = 8  # and thinking
 
+# What a client gets that does not say how much it wants.
+DEFAULT_MAX_TOKENS = {"chat": 4000, "code": 256}
+
 _PREAMBLE = "You are Cody, an AI"
 
 # ----------------------------------------------------------------------- request body
@@ -308,7 +311,7 @@ def _request(feature: Feature, version: int, wire: _BodyWire) -> CompletionReque
         model=(wire.model or "").strip(),
         fast=bool(wire.fast) and feature == "chat",
         stream=feature == "chat" if wire.stream is None else wire.stream,
-        max_tokens=_positive(wire.max_tokens_to_sample),
+        max_tokens=_positive(wire.max_tokens_to_sample) or DEFAULT_MAX_TOKENS[feature],
         temperature=_at_least_zero(wire.temperature),
         top_p=wire.top_p if wire.top_p is not None and 0 < wire.top_p < 1 else None,
         top_k=_positive(wire.top_k),
@@ -338,6 +341,8 @@ class Completions:
 
     Args: check_client: refuse clients that are too old to know context filters.
     """
+
+    dialect = "cody"
 
     def __init__(self, feature: Feature, *, check_client: bool = False) -> None:
         self._feature: Feature = feature

@@ -88,9 +88,13 @@ class _Body(msgspec.Struct, kw_only=True, omit_defaults=True):
     top_p: float | None = None
     top_k: int | None = None
     stop: Sequence[str] | None = None
+    seed: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     tools: list[dict[str, object]] | None = None
+    tool_choice: str | dict[str, object] | None = None
 
 
 _encode = msgspec.json.Encoder().encode
@@ -101,6 +105,8 @@ def build_chat(request: CompletionRequest, profile: Profile) -> bytes:
     body = _sampling(request, profile)
     body.messages = [wire for m in request.messages for wire in _messages(m)]
     body.tools = [_tool(tool) for tool in request.tools] or None
+    if request.tools and request.tool_choice is not None:
+        body.tool_choice = _tool_choice(request.tool_choice)
     return _encode(body)
 
 
@@ -124,6 +130,10 @@ def _sampling(request: CompletionRequest, profile: Profile) -> _Body:
         top_p=request.top_p,
         top_k=request.top_k if profile.top_k else None,
         stop=request.stop[: profile.max_stops] or None,
+        seed=request.seed,
+        frequency_penalty=request.frequency_penalty,
+        # TGI adds 2 and takes the sum for a repetition penalty: 0 gives garbage.
+        presence_penalty=request.presence_penalty or None,
         stream=request.stream,
         stream_options=_StreamOptions() if request.stream else None,
     )
@@ -169,6 +179,12 @@ def _content(parts: list[Part]) -> str | list[dict[str, object]]:
                 image["detail"] = part.detail
             content.append({"type": "image_url", "image_url": image})
     return content
+
+
+def _tool_choice(choice: str) -> str | dict[str, object]:
+    if choice in ("auto", "none", "required"):
+        return choice
+    return {"type": "function", "function": {"name": choice}}
 
 
 def _tool(tool: Tool) -> dict[str, object]:

@@ -156,8 +156,9 @@ class _Walk:
         return data
 
     def mismatch(self, data: object, shape: inspect.Type, path: str) -> object:
-        text = f"expected {_expected(shape)}, got {_kind(data)}"
-        if isinstance(shape, inspect.StrType) and isinstance(data, int | float):
+        expected = _expected(shape)
+        text = f"expected {expected}, got {_kind(data)}"
+        if "a string" in expected and isinstance(data, int | float):
             text += "; put it in quotes"
         self.problems.append(f"{path or 'the file'}: {text}")
         return data

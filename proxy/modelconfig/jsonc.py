@@ -107,8 +107,8 @@ class _Cleaner:
         marks = _MARKS.match(before)
         assert marks is not None
         # A mapping in a list begins after the dash, a text in a list at it.
-        only_marks = marks[0] == before
-        indent = before.rfind("-") if only_marks else marks.end()
+        in_list = marks[0] == before and "-" in before
+        indent = before.rfind("-") if in_list else marks.end()
         line = re.compile(rf" {{{indent + 1},}}[^\n]*(?:\n|\Z)|[ ]*\n")
         start = self.at
         while match := line.match(self.text, self.at):

@@ -31,5 +31,7 @@ class AnthropicProvider:
 def for_anthropic(request: CompletionRequest, model: Model) -> CompletionRequest:
     """Prepare, and drop the stop sequences that the API refuses: blank ones."""
     request = prepare(request, model)
+    # The API insists on a number.
+    request.max_tokens = request.max_tokens or model.context_window.max_output_tokens
     request.stop = [stop for stop in request.stop if stop.strip()]
     return request

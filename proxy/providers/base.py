@@ -11,8 +11,6 @@ from proxy.dialects.base import EVENT_STREAM, JSON, Reader
 from proxy.errors import InvalidPrompt
 from proxy.modelconfig.resolved import Endpoint, Model
 
-DEFAULT_MAX_TOKENS = {"chat": 4000, "code": 256}
-
 
 class Call(msgspec.Struct):
     """One call of an upstream, ready to be sent, and how to understand its reply.
@@ -57,12 +55,11 @@ def prepare(request: CompletionRequest, model: Model) -> CompletionRequest:
     if model.strict_template:
         messages = fold(messages)
     limit = model.context_window.max_output_tokens
-    wanted = request.max_tokens or DEFAULT_MAX_TOKENS[request.feature]
     return msgspec.structs.replace(
         request,
         messages=messages,
         model=model.api_model or model.name,
-        max_tokens=min(wanted, limit),
+        max_tokens=request.max_tokens and min(request.max_tokens, limit),
         stop=list(dict.fromkeys([*request.stop, *model.stop])),
         reasoning_effort=request.reasoning_effort or model.reasoning_effort,
     )
@@ -83,9 +80,9 @@ def fold(messages: list[Message]) -> list[Message]:
     is_asked = False  # an answer to nothing but the system prompt is none
     for message in messages:
         role = "user" if message.role == "system" else message.role
-        is_asked = is_asked or message.role == "user"
         if message.is_empty or (role == "assistant" and not is_asked):
             continue
+        is_asked = is_asked or message.role == "user"
         if folded and folded[-1].role == role:
             parts = [*folded[-1].parts, TextPart("\n\n"), *message.parts]
             folded[-1] = Message(role, parts)
