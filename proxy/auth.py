@@ -14,6 +14,12 @@ from proxy.errors import Unauthorized
 _HEADER = re.compile(r'(?:token|Bearer)(?:\s+(?:token="([^"]*)"|(.*)))?', re.IGNORECASE)
 
 
+def credential(authorization: str | None) -> str | None:
+    """Return what follows the scheme; None if there is no scheme that is known."""
+    match = _HEADER.fullmatch((authorization or "").strip())
+    return (match[1] or match[2] or "").strip() if match else None
+
+
 class Access:
     """The tokens that are let in, or ``open`` for everybody."""
 
@@ -36,13 +42,13 @@ class Access:
         given = (authorization or "").strip()
         if not given:
             raise Unauthorized("cody is not enabled: not authenticated")
-        match = _HEADER.fullmatch(given)
-        if match is None:
+        text = credential(given)
+        if text is None:
             raise Unauthorized(
                 "unrecognized HTTP Authorization request header scheme"
                 " (known: token, Bearer)"
             )
-        token = self._find((match[1] or match[2] or "").strip())
+        token = self._find(text)
         if token is None:
             raise Unauthorized("Invalid access token.")
         return token

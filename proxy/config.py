@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
+from urllib.parse import quote
 
 import msgspec
 import yaml
@@ -26,7 +27,7 @@ from proxy.modelconfig.check import hint, join, read as read_data
 from proxy.modelconfig.findings import Findings
 from proxy.modelconfig.provider_overrides import ReadFile, read_secret
 from proxy.modelconfig.refs import made_id
-from proxy.modelconfig.resolved import Model, ModelConfiguration
+from proxy.modelconfig.resolved import Model, ModelConfiguration, Provider
 from proxy.modelconfig.schema import Block, Keys
 
 TOKENS_VARIABLE = "COMPLETIONS_PROXY_TOKENS"
@@ -75,6 +76,8 @@ class Settings(msgspec.Struct, frozen=True):
     timeouts: Timeouts
     models: ModelConfiguration
     client_version_check: bool = False
+    passthrough: bool = False
+    list_upstream_models: bool = False
     warnings: tuple[str, ...] = ()
 
 
@@ -97,6 +100,14 @@ class _Model(Keys):
     strict_template: bool | None = None
 
 
+class _Provider(Keys):
+    profile: (
+        Literal["tgi", "vllm", "llamacpp", "ollama", "openai", "anthropic"] | None
+    ) = None
+    adjust: bool = True
+    credentials: Literal["configured", "client"] = "configured"
+
+
 class _File(Keys):
     model_configuration: Block
     listen: str | list[str] = DEFAULT_LISTEN
@@ -106,6 +117,9 @@ class _File(Keys):
     aliases: dict[str, str] = {}
     fallback: bool = False
     models: dict[str, _Model] = {}
+    providers: dict[str, _Provider] = {}
+    passthrough: bool = False
+    list_upstream_models: bool = False
     client_version_check: bool = False
     # Belongs to an instance; allowed because it stands beside the block there.
     cody_enabled: bool = field(name="cody.enabled", default=True)
@@ -380,6 +394,8 @@ def _settings(
         timeouts=file.timeouts,
         models=models,
         client_version_check=file.client_version_check,
+        passthrough=file.passthrough,
+        list_upstream_models=file.list_upstream_models,
         warnings=(*findings.warnings, *models.warnings),
     )
 
@@ -539,10 +555,35 @@ def _models(
         if ref not in refs:
             text = f'unknown model "{ref}"; {hint(ref, refs)}'
             findings.problem(join("aliases", name), text)
+    for name in file.providers:
+        if name not in found.providers:
+            text = f"unknown provider; {hint(name, list(found.providers))}"
+            findings.problem(join("providers", name), text)
     models = tuple(
         _with_own(model, file.models.get(model.ref)) for model in found.models
     )
-    return replace(found, models=models, aliases=file.aliases, fallback=file.fallback)
+    providers = {
+        id: _provider_with_own(provider, file.providers.get(id))
+        for id, provider in found.providers.items()
+    }
+    return replace(
+        found,
+        models=models,
+        providers=providers,
+        aliases=file.aliases,
+        fallback=file.fallback,
+    )
+
+
+def _provider_with_own(provider: Provider, own: _Provider | None) -> Provider:
+    if own is None:
+        return provider
+    return replace(
+        provider,
+        profile=own.profile or "",
+        adjust=own.adjust,
+        client_credentials=own.credentials == "client",
+    )
 
 
 def _with_own(model: Model, own: _Model | None) -> Model:
@@ -561,7 +602,13 @@ def secrets(settings: Settings) -> list[str]:
         for provider in settings.models.providers.values()
         for endpoint in provider.endpoints
     ]
-    found = [secret for endpoint in endpoints for secret in endpoint.secrets]
+    plain = [secret for endpoint in endpoints for secret in endpoint.secrets if secret]
+    # As they stand in the query of a URL, too.
+    found = [
+        form
+        for secret in plain
+        for form in (secret, quote(secret, safe=""), quote(secret))
+    ]
     return list(dict.fromkeys(filter(None, found)))
 
 

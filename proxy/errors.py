@@ -9,6 +9,7 @@ ProxyError
         UnknownPath        nothing is served at that path
         MethodNotAllowed   the path is served, but not for that method
         UnsupportedVersion an api-version that is not a number
+        RequestTimeout     the body did not come in time
         PayloadTooLarge    the body exceeds its limit
     UpstreamFault          the model server, or the way to it, failed
         UpstreamStatus     it answered with a status other than 2xx
@@ -96,6 +97,11 @@ class MethodNotAllowed(ClientFault):
     kind = "method_not_allowed"
 
 
+class RequestTimeout(ClientFault):
+    status = 408
+    kind = "request_timeout"
+
+
 class UnsupportedVersion(ClientFault):
     status = 406
     kind = "unsupported_version"
@@ -115,10 +121,12 @@ class UpstreamStatus(UpstreamFault):
     """The upstream answered with a status other than 2xx.
 
     ``source`` names the upstream as Cody clients know it, ``body`` is the start of
-    what it said.
+    what it said. ``is_clients_credential``: it was asked with the client's own
+    credential, so a 401 is for the client.
     """
 
     kind = "upstream_status"
+    is_clients_credential = False
 
     def __init__(
         self,

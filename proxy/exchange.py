@@ -11,7 +11,13 @@ usage may follow, so a short wait is enough.
 from collections.abc import Callable
 
 from proxy.completion import Delta, Finish, Start, Text
-from proxy.dialects.base import EVENT_STREAM, SNIPPET_CHARS, Reader, Writer
+from proxy.dialects.base import (
+    EVENT_STREAM,
+    SNIPPET_CHARS,
+    Reader,
+    Writer,
+    media_type,
+)
 from proxy.errors import ProxyError, UpstreamFault, UpstreamGarbled, UpstreamReported
 from proxy.sse import Event, Parser
 from proxy.stops import Cutter
@@ -19,6 +25,9 @@ from proxy.stops import Cutter
 # A server that sends events under another name is still understood by their look.
 _EVENT_FIELDS = (b"data:", b"event:", b"id:", b"retry:", b":", b"error:")
 _JSON_STARTS = (b"{", b"[")
+_SNIFFED_BYTES = 64
+# How much of a stream is kept until it makes sense, to say what it was if it never does.
+_KEPT_BYTES = 64 * 1024
 
 
 class Exchange:
@@ -52,7 +61,7 @@ class Exchange:
         self._stream = stream
         self._cutter = cutter
         self._redact = redact
-        self._content_type = content_type.partition(";")[0].strip().lower()
+        self._content_type = media_type(content_type)
         self._limit_bytes = limit_bytes
         self._parser: Parser | None = None
         if self._content_type == EVENT_STREAM:
@@ -73,15 +82,19 @@ class Exchange:
         """
         if self.is_ended:
             return b""
-        if self._parser is None and not self._is_event_stream(data):
+        if self._parser is None:
             self._collect(data)
-            return b""
+            if not self._looks_like_events():
+                return b""
+            data = bytes(self._body)
+            self._body.clear()
+            self._parser = Parser(self._limit_bytes)
         deltas: list[Delta] = []
         fault = self._read_events(data, deltas)
         out = self._say(deltas)
-        if fault is not None:
+        if fault is not None and not self._is_cut():
             return out + self._fail(fault)
-        if self._reader.ended or self._is_overrun:
+        if fault is not None or self._reader.ended or self._is_overrun:
             out += self._finish()
         return out
 
@@ -117,20 +130,20 @@ class Exchange:
 
     def _check_end(self) -> None:
         """Raises: UpstreamFault: the upstream stopped before the end."""
-        cut = self._cutter is not None and self._cutter.is_cut
-        # After our own cut the client has its answer, whatever the upstream does.
-        if not cut or self._reader.finished:
+        if not self._is_cut():
             self._reader.eof()
+
+    def _is_cut(self) -> bool:
+        """After our own cut the client has its answer, whatever the upstream does."""
+        return self._cutter is not None and self._cutter.is_cut
 
     # ------------------------------------------------------------------------ reading
 
-    def _is_event_stream(self, data: bytes) -> bool:
-        if self._body or self._content_type == "application/json":
+    def _looks_like_events(self) -> bool:
+        if self._content_type == "application/json":
             return False
-        if not data.lstrip(b"\xef\xbb\xbf\r\n").startswith(_EVENT_FIELDS):
-            return False
-        self._parser = Parser(self._limit_bytes)
-        return True
+        start = self._body[:_SNIFFED_BYTES].lstrip(b"\xef\xbb\xbf\r\n")
+        return start.startswith(_EVENT_FIELDS)
 
     def _collect(self, data: bytes) -> None:
         self._body += data
@@ -141,6 +154,8 @@ class Exchange:
         """Append what the events say; return the error that ends them, if any."""
         parser, reader = self._parser, self._reader
         assert parser is not None
+        if not reader.understood and len(self._body) < _KEPT_BYTES:
+            self._body += data
         try:
             for event in parser.feed(data):
                 reader.read(event, deltas)
@@ -167,8 +182,10 @@ class Exchange:
         try:
             self._check_end()
         except UpstreamFault:
-            if self._parser.ignored is not None:  # a JSON error called a stream
-                self._reader.read_odd(Event("message", self._parser.ignored))
+            # JSON or HTML that was called an event stream.
+            if not self._reader.understood and self._parser.ignored is not None:
+                deltas += self._read_body()
+                return
             raise
 
     def _read_body(self) -> list[Delta]:
@@ -229,6 +246,9 @@ class Exchange:
                 UpstreamReported("upstream ended the stream without an answer")
             )
         deltas = self._rest()
+        if not (self._finish_said or self._reader.finished):
+            # [DONE] without a reason. The client still needs its last frame.
+            deltas.append(Finish(""))
         if self._reader.usage is not None and not self._is_overrun:
             deltas.append(self._reader.usage)
         self.is_ended = True

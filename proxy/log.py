@@ -59,7 +59,7 @@ class ExchangeLog:
         now = time.time()
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
         line: dict[str, object] = {"time": f"{moment}.{int(now % 1 * 1000):03}Z"}
-        line |= {name: v for name, v in fields.items() if v not in (None, "")}
+        line |= {name: v for name, v in fields.items() if v not in (None, "", [])}
         try:
             self._stream.write(_encode(line).decode() + "\n")
             self._stream.flush()

@@ -28,4 +28,5 @@ class Outcome(msgspec.Struct, omit_defaults=True):
     duration_s: float | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    adjusted: list[str] = []
     error: str = ""

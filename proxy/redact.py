@@ -8,7 +8,9 @@ _MARK = "[redacted]"
 _PATTERNS = (
     re.compile(r"(?i)(\b(?:bearer|basic)\s+)[\w.~+/=-]{4,}"),
     re.compile(r"(?i)(\b(?:api[_-]?key|key|access[_-]?token|token|sig)=)[^&\s\"']+"),
-    re.compile(r"()\b(?:sk|sgp|sgd|slk|hf|cp)[-_][\w-]{12,}"),
+    re.compile(r"(?i)(\"(?:api[_-]?key|access[_-]?token|secret)\"\s*:\s*\")[^\"]+"),
+    re.compile(r"()\b(?:sk|sgp|sgd|slk|hf|cp|fw)[-_][\w-]{12,}"),
+    re.compile(r"()\bAIza[\w-]{20,}"),
 )
 _SECRET_HEADERS = frozenset(
     (

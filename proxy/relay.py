@@ -6,21 +6,34 @@ its error. A slow client slows the upstream: nothing is queued in between.
 """
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import Mapping
+from typing import NoReturn
 
 from aiohttp import web
 
 from proxy import __version__
 from proxy.completion import CompletionRequest
-from proxy.dialects.base import JSON, Writer
-from proxy.errors import DeadlineExceeded, ProxyError, UpstreamFault, UpstreamStatus
+from proxy.dialects.adjust import ReplyFixer
+from proxy.dialects.base import EVENT_STREAM, JSON, Writer, media_type
+from proxy.errors import (
+    ClientFault,
+    DeadlineExceeded,
+    ProxyError,
+    UpstreamFault,
+    UpstreamStatus,
+)
 from proxy.exchange import Exchange
 from proxy.log import ExchangeLog
 from proxy.outcome import Outcome
+from proxy.passthrough import PassedBody, PassThrough
 from proxy.providers.base import Call
 from proxy.redact import Redactor
 from proxy.stops import Cutter
 from proxy.upstream import Upstream, UpstreamReply
+
+logger = logging.getLogger(__name__)
 
 # After the finish reason only usage can follow; some servers never say that it won't.
 GRACE_S = 2.0
@@ -29,10 +42,11 @@ LAST_WRITE_S = 5.0
 # Most of an upstream's error body that is read, and that is shown.
 ERROR_BODY_BYTES = 64 * 1024
 ERROR_SHOWN_BYTES = 1024
+ERROR_BODY_S = 2.0
 
 SERVER = f"completions-proxy/{__version__}"
 # What of an upstream's headers may reach the client beside an error.
-_SAFE_HEADERS = ("retry-after", "request-id", "x-request-id")
+_SAFE_HEADERS = ("retry-after", "request-id")
 _SAFE_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-")
 
 
@@ -43,6 +57,9 @@ class Relay:
         source: what the upstream is called in errors about its status.
         event_bytes: most bytes of one event.
         verbose: log what goes to and comes from the upstream.
+        reply_headers: what a successful reply carries besides.
+        clients_credential: the upstream was asked with the client's own credential,
+            so that its refusal is the client's to hear.
     """
 
     def __init__(
@@ -58,7 +75,10 @@ class Relay:
         redact: Redactor,
         log: ExchangeLog,
         verbose: bool,
+        reply_headers: dict[str, str],
+        clients_credential: bool,
     ) -> None:
+        self._clients_credential = clients_credential
         self.response: web.StreamResponse | None = None
         self._request = request
         self._completion = completion
@@ -70,7 +90,10 @@ class Relay:
         self._redact = redact
         self._log = log
         self._verbose = verbose
-        self._exchange: Exchange | None = None
+        self._exchange: Exchange | PassThrough | PassedBody | None = None
+        self._reply_type = ""
+        self._reply_headers = reply_headers
+        self._status = 200
         self._loop = asyncio.get_running_loop()
 
     async def run(
@@ -94,6 +117,16 @@ class Relay:
                 ) from None
         except UpstreamFault as fault:
             await self._fail(fault)
+        except (ConnectionError, ClientFault):
+            raise
+        except Exception:
+            # A bug: what was begun must still be ended as the client expects.
+            if self.response is None:
+                raise
+            logger.exception("exchange %s: this is a bug", self._outcome.id)
+            await self._fail(
+                ProxyError(f"internal error, logged as {self._outcome.id}")
+            )
         assert self.response is not None
         return self.response
 
@@ -109,9 +142,12 @@ class Relay:
             self._outcome.upstream_status = reply.status
             if self._verbose:
                 self._log.upstream_reply(self._outcome.id, reply.status, reply.headers)
-            if not 200 <= reply.status < 300:
+            if not 200 <= reply.status < 300 and self._call.adjust:
                 raise await self._status_fault(reply)
-            exchange = self._exchange = self._new_exchange(reply)
+            self._status = 200 if self._call.adjust else reply.status
+            self._reply_type = reply.headers.get("Content-Type", "")
+            exchange = self._exchange = self._new_exchange()
+            is_closing = False
             while not exchange.is_ended:
                 data = await self._read(reply)
                 out = exchange.receive_data(data) if data else exchange.receive_eof()
@@ -120,19 +156,40 @@ class Relay:
                     self._outcome.first_token_s = round(elapsed_s, 4)
                 if out:
                     await self._write(out)
-                if exchange.is_finishing:
+                if exchange.is_finishing and not is_closing:
+                    is_closing = True
                     clock.reschedule(min(deadline_s, self._loop.time() + GRACE_S))
         self._note(exchange.error)
         await self._end()
 
-    def _new_exchange(self, reply: UpstreamReply) -> Exchange:
+    def _new_exchange(self) -> Exchange | PassThrough | PassedBody:
+        """Translate, or pass on what is of the client's dialect and form already."""
         call = self._call
+        is_stream = media_type(self._reply_type) == EVENT_STREAM
+        if call.native and (is_stream == self._completion.stream or not call.adjust):
+            fixer = ReplyFixer(call.native) if call.adjust else None
+            if not is_stream:
+                return PassedBody(
+                    call.reader,
+                    limit_bytes=self._event_bytes,
+                    fixer=fixer,
+                    redact=self._redact,
+                )
+            return PassThrough(
+                call.reader,
+                self._writer,
+                dialect=call.native,
+                limit_bytes=self._event_bytes,
+                fixer=fixer,
+                several=call.several,
+                redact=self._redact,
+            )
         cutter = Cutter(call.stops, call.ends) if call.stops or call.ends else None
         return Exchange(
             call.reader,
             self._writer,
             stream=self._completion.stream,
-            content_type=reply.headers.get("Content-Type", ""),
+            content_type=self._reply_type,
             limit_bytes=self._event_bytes,
             cutter=cutter,
             redact=self._redact,
@@ -146,40 +203,64 @@ class Relay:
 
     async def _status_fault(self, reply: UpstreamReply) -> UpstreamStatus:
         body = b""
-        while len(body) < ERROR_BODY_BYTES and (data := await self._read(reply)):
-            body += data
+        # Whatever becomes of the body, the status is what the client needs to know.
+        with contextlib.suppress(UpstreamFault, TimeoutError):
+            async with asyncio.timeout(ERROR_BODY_S):
+                while len(body) < ERROR_BODY_BYTES and (
+                    data := await self._read(reply)
+                ):
+                    body += data
         # A character cut in two at the limit is left out.
         cut = body[:ERROR_SHOWN_BYTES]
         errors = "ignore" if len(body) > ERROR_SHOWN_BYTES else "replace"
         text = cut.decode(errors=errors).strip()
-        return UpstreamStatus(
+        fault = UpstreamStatus(
             self._source, reply.status, text, headers=_safe(reply.headers)
         )
+        fault.is_clients_credential = self._clients_credential
+        return fault
 
     # ------------------------------------------------------------------------ writing
 
     async def _write(self, out: bytes) -> None:
         if self.response is None:
             self.response = await self._start(out)
-        if self._completion.stream:
+        if not isinstance(self.response, web.Response):
             await self.response.write(out)
 
     async def _start(self, out: bytes) -> web.StreamResponse:
-        headers = own_headers(self._outcome.id)
-        if not self._completion.stream:
-            return web.Response(body=out, headers=headers, content_type=JSON)
-        response = web.StreamResponse(
-            headers={**self._writer.stream_headers, **headers}
-        )
+        headers = own_headers(self._outcome.id) | self._reply_headers
+        passed = not isinstance(self._exchange, Exchange)
+        if adjusted := self._adjusted():
+            headers["X-Proxy-Adjusted"] = ", ".join(adjusted)
+        if isinstance(self._exchange, PassedBody) or not self._completion.stream:
+            headers["Content-Type"] = self._reply_type if passed else JSON
+            return web.Response(status=self._status, body=out, headers=headers)
+        headers = {**self._writer.stream_headers, **headers}
+        if passed and self._reply_type:
+            headers["Content-Type"] = self._reply_type
+        response = web.StreamResponse(status=self._status, headers=headers)
         if not self._request.keep_alive:
             response.headers["Connection"] = "close"
-        if self._request.version >= (1, 1):
+        if self._request.version == (1, 1):
             response.enable_chunked_encoding()
+        else:  # then only the end of the connection ends the reply
+            response.force_close()
+            response.headers["Connection"] = "close"
         await response.prepare(self._request)
         return response
 
+    def _adjusted(self) -> list[str]:
+        names = [f"request.{name}" for name in self._completion.dropped]
+        names += self._call.adjusted
+        if isinstance(self._exchange, PassThrough | PassedBody):
+            names += self._exchange.adjusted
+        return names
+
     async def _end(self) -> None:
-        assert self.response is not None
+        self._outcome.adjusted = self._adjusted()
+        if self.response is None:  # nothing but the end was said
+            self.response = await self._start(b"")
         await self.response.prepare(self._request)
         await self.response.write_eof()
 
@@ -191,15 +272,21 @@ class Relay:
             raise error
         out = exchange.receive_failure(error)
         self._note(exchange.error)
+        if self._call.native and not self._call.adjust and exchange.error is not None:
+            # Bytes as they are: then a broken stream can only be broken here, too.
+            self._abort()
         try:
             async with asyncio.timeout(LAST_WRITE_S):
                 if out:
                     await self._write(out)
                 await self._end()
-        except TimeoutError:
-            if self._request.transport is not None:
-                self._request.transport.abort()
-            raise ConnectionResetError("client does not read") from None
+        except TimeoutError:  # the client does not read
+            self._abort()
+
+    def _abort(self) -> NoReturn:
+        if self._request.transport is not None:
+            self._request.transport.abort()
+        raise ConnectionResetError("aborted")
 
     def _note(self, error: ProxyError | None) -> None:
         self._outcome.kind = error.kind if error is not None else "ok"
@@ -218,5 +305,9 @@ def _safe(headers: Mapping[str, str]) -> dict[str, str]:
     return {
         lower: value
         for name, value in headers.items()
-        if (lower := name.lower()) in _SAFE_HEADERS or lower.startswith(_SAFE_PREFIXES)
+        if (
+            (lower := name.lower()) in _SAFE_HEADERS or lower.startswith(_SAFE_PREFIXES)
+        )
+        and value.isascii()
+        and value.isprintable()
     }

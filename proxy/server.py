@@ -5,6 +5,7 @@ errors, and the low-level server itself.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
@@ -13,23 +14,45 @@ from collections.abc import Mapping
 
 import aiohttp
 from aiohttp import web
+from msgspec import DecodeError, json, structs
 
-from proxy import __version__
-from proxy.auth import Access
-from proxy.completion import CompletionRequest, Usage
+from proxy import __version__, pages, routes
+from proxy.auth import Access, credential
+from proxy.completion import CompletionRequest, Feature, Usage
 from proxy.config import Settings
-from proxy.dialects import cody
+from proxy.dialects.adjust import decode_fields, encode_fields, raw
 from proxy.dialects.base import Head, Incoming, Reply, Writer
-from proxy.errors import InvalidRequest, PayloadTooLarge, ProxyError
+from proxy.errors import (
+    InvalidRequest,
+    PayloadTooLarge,
+    ProxyError,
+    RequestTimeout,
+    Unauthorized,
+    UnknownPath,
+    UpstreamFault,
+    UpstreamUnreachable,
+)
+from proxy.forward import forward
 from proxy.log import ExchangeLog
+from proxy.modelconfig.resolved import Endpoint, Model, Provider as ProviderSettings
 from proxy.outcome import Outcome
 from proxy.providers import PROVIDERS
+from proxy.providers.base import Call, pass_on
 from proxy.redact import Redactor
 from proxy.relay import SERVER, Relay, own_headers
 from proxy.upstream import Upstream
 
 logger = logging.getLogger(__name__)
 
+# Forwarded paths whose bodies name a model.
+_WITH_MODEL = {"/v1/embeddings", "/v1/responses", "/v1/messages/count_tokens"}
+_LIST_S = 5.0
+_MODEL_LISTS = ("/v1/models", "/.api/llm/models")
+MESSAGE_CHARS = 2000
+# aiohttp would log each malformed request with a traceback, headers included.
+_http_logger = logging.getLogger("proxy.http")
+_http_logger.addFilter(lambda record: not record.exc_info)
+_HEALTHY = Reply(200, "text/plain; charset=utf-8", __version__.encode())
 _DUPLICATE_SLASHES = re.compile(r"/{2,}")
 
 
@@ -49,29 +72,33 @@ class Proxy:
             provider.id: PROVIDERS[provider.type](provider)
             for provider in settings.models.providers.values()
         }
-        check = settings.client_version_check
-        self._incoming: dict[str, Incoming] = {
-            "/.api/completions/stream": cody.Completions("chat", check_client=check),
-            "/.api/completions/code": cody.Completions("code", check_client=check),
-        }
+        self.takes_clients_credentials = any(
+            provider.client_credentials
+            for provider in settings.models.providers.values()
+        )
+        self._incoming = routes.incoming(settings)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request, whatever happens, and write its log line."""
         path = _DUPLICATE_SLASHES.sub("/", request.path)
-        incoming = self._incoming.get(path)
-        if incoming is None:
-            return await _send(request, _other(path), {"Server": SERVER})
+        if path == "/healthz":
+            return await _send(request, _HEALTHY, {"Server": SERVER})
         outcome = Outcome(id=f"{random.getrandbits(64):016x}", route=path)
-        handling = _Handling(self, request, incoming, outcome)
+        incoming = self._incoming.get(path)
+        is_exchange = incoming is not None and (path != "/" or request.method == "POST")
+        handling = (_Handling if is_exchange else _Page)(
+            self, request, path, incoming or routes.errors_at(path), outcome
+        )
         try:
-            response = await handling.run(path)
+            response = await handling.run()
             outcome.status = response.status
             return response
         except asyncio.CancelledError:
             outcome.kind = "client_gone"
             raise
         except ConnectionError:
-            outcome.kind = "client_gone"
+            if outcome.kind == "ok":
+                outcome.kind = "client_gone"
             return web.Response(status=499)  # reaches nobody
         finally:
             outcome.duration_s = handling.elapsed_s()
@@ -85,29 +112,32 @@ class _Handling:
         self,
         proxy: Proxy,
         request: web.BaseRequest,
+        path: str,
         incoming: Incoming,
         outcome: Outcome,
     ) -> None:
         self._proxy = proxy
         self._request = request
+        self._path = path
         self._incoming = incoming
         self._outcome = outcome
         self._loop = asyncio.get_running_loop()
         self._started_s = self._loop.time()
+        self._refusal: Unauthorized | None = None
 
     def elapsed_s(self) -> float:
         return round(self._loop.time() - self._started_s, 4)
 
-    async def run(self, path: str) -> web.StreamResponse:
+    async def run(self) -> web.StreamResponse:
         """Raises: ConnectionError: the client is gone."""
         say = self._incoming.error_reply
         try:
-            head = self._head(path)
+            head = self._head()
             self._check(head)
             body = await self._read_body()
             completion, writer = self._incoming.parse(head, body)
             say = writer.error_reply
-            return await self._complete(head, completion, writer)
+            return await self._complete(completion, writer, body)
         except ProxyError as error:
             return await self._send_error(say(self._noted(error)))
         except ConnectionError:
@@ -115,21 +145,47 @@ class _Handling:
         except Exception:
             return await self._send_error(say(self._noted(self._bug())))
 
-    def _head(self, path: str) -> Head:
+    def _head(self) -> Head:
         request, outcome = self._request, self._outcome
         query = request.query
         outcome.api_version = query.get("api-version", "")[:8]
         client = f"{query.get('client-name', '')}/{query.get('client-version', '')}"
         outcome.client = client.strip("/")[:64]
-        return Head(request.method, path, query, request.headers)
+        return Head(request.method, self._path, query, request.headers)
 
     def _check(self, head: Head) -> None:
         """Refuse what needs no look at the body, in the order clients know."""
         self._incoming.check_method(head)
-        token = self._proxy.access.check(head.headers.get("Authorization"))
+        self._check_token(head)
+        self._incoming.check(head)
+
+    def _check_token(self, head: Head) -> None:
+        try:
+            token = self._proxy.access.check(_authorization(head))
+        except Unauthorized as refusal:
+            # A provider that takes the client's own credential may still admit it.
+            if not self._proxy.takes_clients_credentials:
+                raise
+            self._refusal = refusal
+            return
         if token is not None:
             self._outcome.user = token.name
-        self._incoming.check(head)
+
+    def _endpoint(self, settings: ProviderSettings) -> Endpoint:
+        """Choose one of the provider's, with the credential that it is to get.
+
+        Raises: Unauthorized: nobody vouches for the client.
+        """
+        endpoint = random.choice(settings.endpoints)
+        self._outcome.provider, self._outcome.endpoint = settings.id, endpoint.name
+        if not settings.client_credentials:
+            if self._refusal is not None:
+                raise self._refusal
+            return endpoint
+        token = credential(_authorization(self._head()))
+        if not token:
+            raise Unauthorized("this model is asked with your own API key: send one")
+        return structs.replace(endpoint, access_token=token, headers={})
 
     async def _read_body(self) -> bytes:
         limit = self._proxy.settings.limits.body_bytes
@@ -137,7 +193,10 @@ class _Handling:
             raise _too_large(limit)
         self._continue()
         try:
-            return await self._request.read()
+            async with asyncio.timeout_at(self._started_s + self._timeout_s("chat")):
+                return await self._request.read()
+        except TimeoutError:
+            raise RequestTimeout("the request's body did not come in time") from None
         except web.HTTPRequestEntityTooLarge:
             raise _too_large(limit) from None
         except (web.RequestPayloadError, aiohttp.ClientPayloadError) as error:
@@ -155,7 +214,7 @@ class _Handling:
             transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     async def _complete(
-        self, head: Head, completion: CompletionRequest, writer: Writer
+        self, completion: CompletionRequest, writer: Writer, body: bytes
     ) -> web.StreamResponse:
         proxy, outcome = self._proxy, self._outcome
         outcome.feature, outcome.stream = completion.feature, completion.stream
@@ -163,36 +222,62 @@ class _Handling:
         model = proxy.models.choose(
             completion.feature, completion.model, completion.fast
         )
+        outcome.model = model.ref
         settings = proxy.models.providers[model.provider_id]
-        provider = proxy.providers[settings.id]
-        endpoint = random.choice(settings.endpoints)
-        outcome.model, outcome.provider = model.ref, settings.id
-        outcome.endpoint = endpoint.name
-        call = provider.call(completion, model, endpoint)
+        call = self._call(completion, model, settings, body)
         relay = Relay(
             self._request,
             completion,
             writer,
             call,
             outcome,
-            source=provider.source,
+            source=proxy.providers[settings.id].source,
             event_bytes=proxy.settings.limits.event_bytes,
             redact=proxy.redact,
             log=proxy.log,
             verbose=settings.verbose_logs,
+            reply_headers=routes.reply_headers(self._path, model),
+            clients_credential=settings.client_credentials,
         )
-        timeout_s = self._timeout_s(head, completion)
+        timeout_s = self._timeout_s(completion.feature)
         try:
             return await relay.run(proxy.upstream, self._started_s, timeout_s)
         finally:
             self._count(call.reader.usage)
 
-    def _timeout_s(self, head: Head, completion: CompletionRequest) -> float:
-        text = head.headers.get("X-Timeout-Ms", "").strip()
+    def _call(
+        self,
+        completion: CompletionRequest,
+        model: Model,
+        settings: ProviderSettings,
+        body: bytes,
+    ) -> Call:
+        """Hand the client's bytes on where the upstream speaks its dialect."""
+        provider, endpoint = (
+            self._proxy.providers[settings.id],
+            self._endpoint(settings),
+        )
+        dialect = self._incoming.dialect
+        native = provider.native(dialect, completion, model, endpoint)
+        if native is None:
+            return provider.call(completion, model, endpoint)
+        completion.dropped = []
+        return pass_on(
+            native,
+            dialect,
+            completion,
+            model,
+            body,
+            profile=settings.server_profile,
+            adjust=settings.adjust,
+        )
+
+    def _timeout_s(self, feature: Feature) -> float:
+        text = self._request.headers.get("X-Timeout-Ms", "").strip()
         if text.isascii() and text.isdigit() and int(text[:9]) > 0:
             return int(text[:9]) / 1000
         timeouts = self._proxy.settings.timeouts
-        return timeouts.chat_s if completion.feature == "chat" else timeouts.code_s
+        return timeouts.chat_s if feature == "chat" else timeouts.code_s
 
     def _count(self, usage: Usage | None) -> None:
         if usage is not None:
@@ -205,12 +290,130 @@ class _Handling:
     def _noted(self, error: ProxyError) -> ProxyError:
         self._outcome.kind = error.kind
         self._outcome.error = error.log_text
-        error.message = self._proxy.redact(error.message)
+        message = self._proxy.redact(error.message)
+        if len(message) > MESSAGE_CHARS:  # it quotes something of the client's
+            message = f"{message[:MESSAGE_CHARS]}…"
+        error.message = message
         return error
 
     def _bug(self) -> ProxyError:
         logger.exception("exchange %s: this is a bug", self._outcome.id)
         return ProxyError(f"internal error of the proxy, logged as {self._outcome.id}")
+
+
+class _Page(_Handling):
+    """A request that is no exchange: answered from the configuration, or handed on."""
+
+    async def run(self) -> web.StreamResponse:
+        try:
+            head = self._head()
+            if not self._is_known():
+                raise UnknownPath(f"nothing is served at {self._path}")
+            self._check_token(head)
+            return await self._answer(head)
+        except ProxyError as error:
+            return await self._send_error(
+                self._incoming.error_reply(self._noted(error))
+            )
+        except ConnectionError:
+            raise
+        except Exception:
+            bug = self._noted(self._bug())
+            return await self._send_error(self._incoming.error_reply(bug))
+
+    async def _answer(self, head: Head) -> web.StreamResponse:
+        path, models = self._path, self._proxy.models
+        is_get = head.method in ("GET", "HEAD")
+        if is_get and path.startswith(_MODEL_LISTS):
+            listed = pages.configured(models, refs=path.startswith("/.api/"))
+            if self._proxy.settings.list_upstream_models:
+                listed += await self._reported({model.id for model in listed})
+            anthropic = "anthropic-version" in head.headers
+            return await self._say(pages.model_list(path, listed, anthropic=anthropic))
+        if is_get and path == "/v1/limits":
+            return await self._say(pages.limits(models))
+        if is_get and path == "/":
+            return await self._forward("/health")
+        if is_get and path == "/info" and not self._is_tgi():
+            return await self._say(pages.info(models.choose("chat", "", False)))
+        return await self._forward(routes.FORWARDED.get(path, path))
+
+    def _is_known(self) -> bool:
+        path, is_get = self._path, self._request.method in ("GET", "HEAD")
+        if path in routes.FORWARDED:
+            return True
+        if is_get and (path in ("/", "/v1/limits") or path.startswith(_MODEL_LISTS)):
+            return True
+        # What is ours is never somebody else's, whatever it may become.
+        return self._proxy.settings.passthrough and not path.startswith("/.api/")
+
+    async def _say(self, reply: Reply) -> web.StreamResponse:
+        if self._refusal is not None:
+            raise self._refusal
+        return await _send(self._request, reply, own_headers(self._outcome.id))
+
+    def _is_tgi(self) -> bool:
+        models = self._proxy.models
+        default = models.providers[models.choose("chat", "", False).provider_id]
+        return default.type == "huggingface-tgi"
+
+    async def _forward(self, path: str) -> web.StreamResponse:
+        """Hand the request on; its model, if it names one, says to whom."""
+        proxy = self._proxy
+        body, model = await self._named_model(path)
+        settings = proxy.models.providers[model.provider_id]
+        provider, endpoint = proxy.providers[settings.id], self._endpoint(settings)
+        call = provider.credentials(endpoint)
+        url = f"{provider.root(endpoint).rstrip('/')}{path}"
+        query = self._request.rel_url.raw_query_string
+        try:
+            return await forward(
+                self._request,
+                proxy.upstream,
+                f"{url}?{query}" if query else url,
+                call,
+                endpoint.name,
+                own_headers(self._outcome.id),
+                body,
+            )
+        except UpstreamUnreachable as error:
+            if path == "/health":
+                error.status = 503
+            raise
+
+    async def _named_model(self, path: str) -> tuple[bytes | None, Model]:
+        models = self._proxy.models
+        default = models.choose("chat", "", False)
+        if path not in _WITH_MODEL or self._request.method != "POST":
+            return None, default
+        body = await self._read_body()
+        try:
+            fields = decode_fields(body)
+            name = str(json.decode(fields["model"])) if "model" in fields else ""
+        except DecodeError as error:
+            raise InvalidRequest(f"could not decode request body: {error}") from None
+        model = models.choose("chat", name, False)
+        self._outcome.model = model.ref
+        word = model.api_model or model.name
+        if "model" in fields and name != word:
+            fields["model"] = raw(word)
+            body = encode_fields(fields)
+        return body, model
+
+    async def _reported(self, known: set[str]) -> list[pages.Listed]:
+        """Ask every upstream for its own list; one that does not answer has none."""
+        found: list[pages.Listed] = []
+        for settings in self._proxy.models.providers.values():
+            provider = self._proxy.providers[settings.id]
+            endpoint = random.choice(settings.endpoints)
+            url = f"{provider.root(endpoint).rstrip('/')}/v1/models"
+            with contextlib.suppress(UpstreamFault, TimeoutError):
+                async with asyncio.timeout(_LIST_S):
+                    body = await self._proxy.upstream.get(
+                        url, provider.credentials(endpoint), endpoint.name
+                    )
+                found += pages.reported(settings.id, body)
+        return [model for model in found if model.id not in known]
 
 
 def _too_large(limit: int) -> PayloadTooLarge:
@@ -219,11 +422,10 @@ def _too_large(limit: int) -> PayloadTooLarge:
     )
 
 
-def _other(path: str) -> Reply:
-    """What is answered without an exchange."""
-    if path == "/healthz":
-        return Reply(200, "text/plain; charset=utf-8", __version__.encode())
-    return cody.plain_error(404, f"nothing is served at {path}", {})
+def _authorization(head: Head) -> str | None:
+    """What the client says it may do. Anthropic's clients have a header of their own."""
+    key = head.headers.get("X-API-Key")
+    return head.headers.get("Authorization") or (f"Bearer {key}" if key else None)
 
 
 async def _send(
@@ -250,6 +452,7 @@ class Listener:
             request_factory=self._request,
             # Without this a client's hang-up is noticed only at the next write.
             handler_cancellation=True,
+            logger=_http_logger,
             access_log=None,
         )
         self._runner = web.ServerRunner(

@@ -35,11 +35,8 @@ class Cutter:
         self.is_cut = False
         self._stops = tuple(stops)
         self._ends = tuple(ends)
-        # A held tail is the beginning of a stop, or an end marker, whole or begun.
-        self._held_forms = {s[:n] for s in self._stops for n in range(1, len(s))}
-        self._held_forms |= {e[:n] for e in self._ends for n in range(1, len(e) + 1)}
         self._first_chars = frozenset(s[0] for s in (*self._stops, *self._ends))
-        self._longest = max(map(len, self._held_forms), default=0)
+        self._longest = max(map(len, (*self._stops, *self._ends)), default=0)
         self._held = ""
 
     def feed(self, text: str) -> str:
@@ -74,8 +71,11 @@ class Cutter:
         return min(found)[1] if found else None
 
     def _held_length(self, text: str) -> int:
-        first = max(0, len(text) - self._longest)
-        for at in range(first, len(text)):
-            if text[at] in self._first_chars and text[at:] in self._held_forms:
-                return len(text) - at
+        """How much of the end may be a stop that is not complete, or an end marker."""
+        forms = (*self._stops, *self._ends)
+        for at in range(max(0, len(text) - self._longest), len(text)):
+            if text[at] in self._first_chars:
+                tail = text[at:]
+                if any(form.startswith(tail) for form in forms):
+                    return len(tail)
         return 0

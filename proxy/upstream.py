@@ -9,10 +9,14 @@ import contextlib
 import errno
 import ssl
 from collections.abc import AsyncIterator, Mapping
+from typing import TypeAlias
 
 import aiohttp
+import yarl
 
 from proxy.errors import ProxyError, UpstreamTruncated, UpstreamUnreachable
+
+Body: TypeAlias = bytes | AsyncIterator[bytes] | None
 
 # Longer reads hold the loop for longer; shorter ones cost more calls per megabyte.
 _READ_BYTES = 2**15
@@ -25,6 +29,7 @@ class UpstreamReply:
         self._response = response
         self.status = response.status
         self.headers: Mapping[str, str] = response.headers
+        self.pairs = list(response.headers.items())
 
     async def read(self) -> bytes:
         """Return what has arrived, at least one byte; b"" at the end.
@@ -48,7 +53,7 @@ class Upstream:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s),
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
             cookie_jar=aiohttp.DummyCookieJar(),
-            skip_auto_headers=("User-Agent",),
+            skip_auto_headers=("User-Agent", "Content-Type"),
             read_bufsize=_READ_BYTES,
         )
 
@@ -57,34 +62,66 @@ class Upstream:
 
     @contextlib.asynccontextmanager
     async def open(
-        self, url: str, headers: Mapping[str, str], body: bytes, endpoint: str
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        body: Body,
+        endpoint: str,
+        *,
+        method: str = "POST",
+        unpack: bool = True,
     ) -> AsyncIterator[UpstreamReply]:
-        """Send a POST; give its reply as soon as the headers are in.
+        """Send a request; give its reply as soon as the headers are in.
 
         Leaving the context before the end of the reply closes the connection.
 
         Args:   endpoint: what error messages call it; a URL may hold secrets.
+                unpack: undo a content encoding of the reply.
         Raises: UpstreamUnreachable: no connection, or none that lasted so far.
         """
-        response = await self._send(url, headers, body, endpoint)
+        response = await self._send(method, url, headers, body, endpoint, unpack)
         try:
             yield UpstreamReply(response)
         finally:
             # Gives the connection back if the body was read to its end.
             response.close()
 
+    async def get(self, url: str, headers: Mapping[str, str], endpoint: str) -> bytes:
+        """Return the body of a reply of status 200, b"" for any other.
+
+        Raises: UpstreamFault: there was no whole reply.
+        """
+        body = b""
+        async with self.open(url, headers, None, endpoint, method="GET") as reply:
+            while reply.status == 200 and (data := await reply.read()):
+                body += data
+        return body
+
     async def _send(
-        self, url: str, headers: Mapping[str, str], body: bytes, endpoint: str
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: Body,
+        endpoint: str,
+        unpack: bool,
     ) -> aiohttp.ClientResponse:
         for attempt in (1, 2):
             try:
-                return await self._session.post(
-                    url, data=body, headers=headers, allow_redirects=False
+                return await self._session.request(
+                    method,
+                    yarl.URL(url, encoded=True),
+                    data=body,
+                    headers=headers,
+                    allow_redirects=False,
+                    auto_decompress=unpack,
                 )
             except (aiohttp.ClientError, OSError) as error:
                 # Some servers promise to keep a connection and close it all the same
                 # (llama.cpp): the request met a closing door, so knock once more.
-                if attempt == 2 or not _is_closed(error):
+                # A body that is a stream is gone by now.
+                spent = not isinstance(body, bytes | None)
+                if attempt == 2 or spent or not _is_closed(error):
                     raise _unreachable(error, endpoint) from error
         raise AssertionError("unreachable")
 

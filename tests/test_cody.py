@@ -107,6 +107,11 @@ LEGACY = [
         [("h", PREAMBLE), ("h", "question")],
         [("system", PREAMBLE), ("user", "question")],
     ),
+    (
+        "two empty answers at the end",
+        [("h", "q"), ("a", ""), ("a", "")],
+        [("user", "q")],
+    ),
     ("nothing", [], []),
 ]
 
@@ -223,6 +228,19 @@ def test_empty_bodies_are_empty_requests(body):
     assert parse(body)[0].messages == []
 
 
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (b'{"prompt":"cut \\ud83d"}', "cut \ufffd"),
+        (b'{"prompt":"bad \xff byte"}', "bad \ufffd byte"),
+        (b'\xef\xbb\xbf{"prompt":"x"}', "x"),
+        (b'{"prompt":"whole \\ud83d\\ude00"}', "whole \U0001f600"),
+    ],
+)
+def test_bad_characters_cost_no_more_than_themselves(body, text):
+    assert parse(body)[0].messages[0].text == text
+
+
 def test_trailing_garbage_is_ignored():
     request, _ = parse(b'{"messages":[{"speaker":"human","text":"h\xc3\xa9"}]} x=1')
     assert request.messages[0].text == "hé"
@@ -231,11 +249,16 @@ def test_trailing_garbage_is_ignored():
 @pytest.mark.parametrize(
     ("body", "text"),
     [
-        (b"", "could not decode request body: Input data was truncated"),
-        (b"{", "could not decode request body: Input data was truncated"),
+        (b"", "could not decode request body: Expecting value: line 1 column 1"),
+        (b"{", "could not decode request body: Expecting property name"),
         (b"[" * 100_000, "could not decode request body: "),
-        (b"\xff", "could not decode request body: JSON is malformed: "),
-        (b"messages=1", "could not decode request body: JSON is malformed: "),
+        (b"\xff", "could not decode request body: Expecting value: line 1 column 1"),
+        (b"messages=1", "could not decode request body: Expecting value: line 1 col"),
+        (
+            b'{"temperature":"hot"} x',
+            "could not decode request body: Expected `float | null`, got `str` - at "
+            "`$.temperature`",
+        ),
         (
             b'{"messages":[{"speaker":"human","text":7}]}',
             "could not decode request body: Expected `str | null`, got `int` - at "
@@ -278,6 +301,11 @@ def test_content_parts_of_every_kind():
         {"type": "context_file", "uri": "a.py", "content": "x = 1"},
         {"type": "file", "file": {"uri": "b.py", "language_id": "python"}},
         {"type": "context_repo", "repoId": "abc"},
+        {"type": "image_url", "image_url": "http://host/a.png"},
+        {
+            "type": "tool_result",
+            "tool_result": {"id": "2", "content": [{"type": "text", "text": "43"}]},
+        },
         {"type": "text", "text": None},
         {"type": "hologram", "depth": [1, 2]},
     ]
@@ -291,6 +319,8 @@ def test_content_parts_of_every_kind():
                 ToolCallPart("1", "f", "{}"),
                 ToolResultPart("1", "42"),
                 TextPart("a.py\n```\nx = 1\n```\n"),
+                ImagePart("http://host/a.png"),
+                ToolResultPart("2", "43"),
                 TextPart(""),
                 TextPart(""),
             ],
@@ -317,7 +347,16 @@ def test_empty_content_leaves_text(content):
 
 @pytest.mark.parametrize(
     ("value", "version"),
-    [("", 0), ("0", 0), (" 1 ", 1), ("8", 8), ("9", 8), ("99999999999999", 8)],
+    [
+        ("", 0),
+        ("0", 0),
+        ("0" * 20, 0),
+        (f"{'0' * 20}2", 2),
+        (" 1 ", 1),
+        ("8", 8),
+        ("9", 8),
+        ("99999999999999", 8),
+    ],
 )
 def test_version_is_a_number_up_to_ours(value, version):
     assert cody.parse_version(value) == version

@@ -7,10 +7,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent / "proxy"
 
 FLOORS = [
-    {"errors", "sse", "completion", "stops", "redact"},
+    {"errors", "sse", "completion", "stops", "redact", "hop"},
     {"dialects", "providers", "modelconfig"},
-    {"exchange", "outcome", "auth", "config", "log"},
-    {"upstream", "relay", "server", "simulator", "probe"},
+    {
+        *("exchange", "passthrough", "outcome", "log"),
+        *("auth", "config", "routes", "pages"),
+    },
+    {"upstream", "relay", "forward", "server", "simulator", "probe"},
     {"__main__"},
 ]
 # Rooms of one floor are independent of one another, but for these.
@@ -20,8 +23,10 @@ NEIGHBOURS = {
     "providers": {"dialects", "modelconfig"},
     "log": {"outcome"},
     "auth": {"config"},
+    "routes": {"config"},
     "relay": {"upstream"},
-    "server": {"relay", "upstream"},
+    "forward": {"upstream"},
+    "server": {"relay", "forward", "upstream"},
 }
 WAITING = {"asyncio", "aiohttp", "socket", "threading", "uvloop"}
 

@@ -3,6 +3,8 @@
 Source: https://docs.anthropic.com/en/api/messages and …/messages-streaming.
 """
 
+import json
+
 import msgspec
 
 from proxy.completion import (
@@ -21,8 +23,8 @@ from proxy.completion import (
     ToolResultPart,
     Usage,
 )
-from proxy.dialects.base import Reader
-from proxy.dialects.fault import decode_lenient
+from proxy.dialects.base import Reader, decode_typed
+from proxy.dialects.fault import decode_lenient, replace_surrogates
 from proxy.errors import InvalidPrompt, UpstreamReported
 from proxy.sse import Event
 
@@ -102,8 +104,8 @@ def build_messages(
         body.tool_choice = _tool_choice(request.tool_choice)
     if system is not None:
         _place_system(body, system, system_in_messages)
-    if request.reasoning_effort and request.max_tokens:
-        _think(body, request.reasoning_effort, request.max_tokens)
+    if request.reasoning_effort and request.feature == "chat":
+        _think(body, request.reasoning_effort)
     return _encode(body)
 
 
@@ -154,9 +156,12 @@ def _place_system(body: _Body, system: Message, in_messages: bool) -> None:
         body.system = content
 
 
-def _think(body: _Body, effort: str, max_tokens: int) -> None:
-    low = effort == "low"
-    body.thinking = _Thinking(_LOW_EFFORT_TOKENS if low else max_tokens // 2)
+def _think(body: _Body, effort: str) -> None:
+    """Reserve part of the answer's tokens; the API wants 1,024 at least."""
+    half = (body.max_tokens or 0) // 2
+    if half < _LOW_EFFORT_TOKENS:
+        return
+    body.thinking = _Thinking(_LOW_EFFORT_TOKENS if effort == "low" else half)
     body.temperature, body.top_k, body.top_p = 1.0, None, None
 
 
@@ -198,7 +203,7 @@ def _image_source(url: str) -> dict[str, str]:
 
 def _arguments(call: ToolCallPart) -> object:
     value = decode_lenient(call.arguments)
-    return value if isinstance(value, dict) else {}
+    return replace_surrogates(value) if isinstance(value, dict) else {}
 
 
 # ---------------------------------------------------------------------------- replies
@@ -265,12 +270,10 @@ class MessagesReader(Reader):
         self._cached_tokens: int | None = None
 
     def read(self, event: Event, out: list[Delta]) -> None:
-        try:
-            wire = _decode_event(event.data)
-        except (msgspec.DecodeError, UnicodeError, RecursionError):
+        wire = decode_typed(event.data, _Event, _decode_event)
+        if wire is None:
             self.read_odd(event)
-            return
-        if wire.type == "content_block_delta" and wire.delta is not None:
+        elif wire.type == "content_block_delta" and wire.delta is not None:
             self._read_delta(wire.index, wire.delta, out)
         elif wire.type == "content_block_start" and wire.content_block is not None:
             self._read_block(wire.index, wire.content_block, out)
@@ -285,11 +288,8 @@ class MessagesReader(Reader):
 
     def read_body(self, body: bytes) -> list[Delta]:
         out: list[Delta] = []
-        try:
-            reply = _decode_reply(body)
-        except (msgspec.DecodeError, UnicodeError, RecursionError):
-            reply = _Reply()
-        if reply.content is None:
+        reply = decode_typed(body, _Reply, _decode_reply)
+        if reply is None or reply.content is None:
             raise self.odd_body(body, "content")
         self._read_start(reply, out)
         self.finished = self.ended = True
@@ -321,7 +321,7 @@ class MessagesReader(Reader):
             self._calls[index] = number, block.id, block.name
             # A stream starts with {} and sends the arguments in pieces.
             whole = block.input is not None and (self.finished or bool(block.input))
-            arguments = msgspec.json.encode(block.input).decode() if whole else ""
+            arguments = json.dumps(block.input, separators=(",", ":")) if whole else ""
             out.append(ToolCall(number, block.id, block.name, arguments))
 
     def _read_delta(self, index: int, delta: _Delta, out: list[Delta]) -> None:

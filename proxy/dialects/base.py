@@ -1,12 +1,17 @@
 """What every dialect is made of: the interfaces between it and the exchange."""
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeVar
 
 import msgspec
 
 from proxy.completion import CompletionRequest, Delta, Usage
-from proxy.dialects.fault import decode_lenient, fault_in, fault_in_text
+from proxy.dialects.fault import (
+    decode_lenient,
+    fault_in,
+    fault_in_text,
+    is_answer,
+)
 from proxy.errors import (
     ProxyError,
     UpstreamFault,
@@ -39,6 +44,11 @@ class Reply(msgspec.Struct):
     content_type: str
     body: bytes
     headers: dict[str, str] = {}
+
+
+def media_type(content_type: str) -> str:
+    """Return a content type without its parameters, lower case."""
+    return content_type.partition(";")[0].strip().lower()
 
 
 def error_headers(error: ProxyError) -> dict[str, str]:
@@ -97,6 +107,27 @@ class Incoming(Protocol):
         ...
 
 
+_T = TypeVar("_T")
+
+
+def decode_typed(
+    data: str | bytes, kind: type[_T], decode: Callable[..., _T]
+) -> _T | None:
+    """Decode JSON as ``kind``, None if it is something else.
+
+    Some servers cut a surrogate pair ("\\ud83d" | "\\ude00") over two events, which
+    msgspec refuses and the client's JSON parser, given both, understands.
+    """
+    try:
+        return decode(data)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        pass
+    try:
+        return msgspec.convert(decode_lenient(data), kind)
+    except msgspec.ValidationError:
+        return None
+
+
 class Reader:
     """Turns the events of one upstream reply into deltas.
 
@@ -138,6 +169,12 @@ class Reader:
         fault = fault_in(value, named=named)
         if fault is None and value is None:
             fault = fault_in_text(event.data)
+        if fault is None and is_answer(value):
+            # Leaving it out would leave out a part of the answer.
+            snippet = event.data[:SNIPPET_CHARS]
+            raise UpstreamGarbled(
+                f"upstream sent an event that makes no sense: {snippet}"
+            )
         if fault is None and named:
             fault = UpstreamReported(
                 event.data.strip() or "upstream sent an empty error"

@@ -31,6 +31,7 @@ from proxy.completion import (
     Usage,
 )
 from proxy.dialects.base import EVENT_STREAM, Head, Reply, Writer, error_headers
+from proxy.dialects.fault import replace_surrogates
 from proxy.errors import (
     InvalidPrompt,
     InvalidRequest,
@@ -68,7 +69,7 @@ class _ToolCallWire(msgspec.Struct):
 
 class _ToolResultWire(msgspec.Struct):
     id: str = ""
-    content: str = ""
+    content: object = ""
 
 
 class _File(msgspec.Struct):
@@ -83,7 +84,7 @@ class _PartWire(msgspec.Struct):
     type: str = ""
     text: str | None = None
     cache_control: object = None
-    image_url: _Url | None = None
+    image_url: _Url | str | None = None
     tool_call: _ToolCallWire | None = None
     tool_result: _ToolResultWire | None = None
     file: _File | None = None
@@ -92,7 +93,7 @@ class _PartWire(msgspec.Struct):
 
 
 class _MessageWire(msgspec.Struct):
-    speaker: str = ""
+    speaker: str | None = ""
     text: str | None = None
     content: str | list[_PartWire] | None = None
 
@@ -128,27 +129,29 @@ _decode_body = msgspec.json.Decoder(_BodyWire | None).decode
 def _decode(body: bytes) -> _BodyWire:
     try:
         return _decode_body(body) or _BodyWire()
-    except RecursionError:
-        raise InvalidRequest(
-            "could not decode request body: nested too deeply"
-        ) from None
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"could not decode request body: {error}") from None
-    except (msgspec.DecodeError, UnicodeError) as error:
-        value = _first_value(body)
-        if value is None:
-            raise InvalidRequest(f"could not decode request body: {error}") from None
-        return _decode(value)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return _decode_tolerantly(body)
 
 
-def _first_value(body: bytes) -> bytes | None:
-    """Return the JSON value before trailing garbage: the original never looked at it."""
+def _decode_tolerantly(body: bytes) -> _BodyWire:
+    """Decode what Go's decoder takes and msgspec does not.
+
+    Trailing garbage is not looked at; a byte order mark, bytes that are not UTF-8 and
+    halves of an emoji cost no more than themselves.
+    """
     try:
-        text = body.decode().lstrip()
-        _, end = json.JSONDecoder().raw_decode(text)
-    except (ValueError, RecursionError):
-        return None
-    return text[:end].encode() if text[end:].strip() else None
+        text = body.decode("utf-8-sig", "replace").lstrip()
+        value, _ = json.JSONDecoder().raw_decode(text)
+        return (
+            msgspec.convert(replace_surrogates(value), _BodyWire | None) or _BodyWire()
+        )
+    except RecursionError:
+        reason = "nested too deeply"
+    except (msgspec.ValidationError, ValueError) as error:
+        reason = str(error)
+    raise InvalidRequest(f"could not decode request body: {reason}")
 
 
 # --------------------------------------------------------------------------- messages
@@ -164,23 +167,36 @@ def _message(wire: _MessageWire) -> Message:
         parts = [part for item in wire.content if (part := _part(item)) is not None]
     else:
         parts = [TextPart(wire.text or "")]
-    return Message(_ROLES.get(wire.speaker, wire.speaker), parts)
+    speaker = wire.speaker or ""
+    return Message(_ROLES.get(speaker, speaker), parts)
 
 
 def _part(wire: _PartWire) -> Part | None:
     """One content part; None for what only a Sourcegraph instance could expand."""
     if wire.image_url is not None:
-        return ImagePart(wire.image_url.url, wire.image_url.detail)
+        image = wire.image_url
+        if isinstance(image, str):
+            return ImagePart(image)
+        return ImagePart(image.url, image.detail)
     if wire.tool_call is not None:
         call = wire.tool_call
         return ToolCallPart(call.id, call.name, call.arguments)
     if wire.tool_result is not None:
-        return ToolResultPart(wire.tool_result.id, wire.tool_result.content)
+        return _tool_result(wire.tool_result)
     if wire.type in ("file", "context_file"):
         return _file(wire)
     if wire.type in ("repo", "context_repo"):
         return None
     return TextPart(wire.text or "", cached=wire.cache_control is not None)
+
+
+def _tool_result(wire: _ToolResultWire) -> ToolResultPart:
+    content = wire.content
+    if isinstance(content, list):
+        texts = (str(p.get("text", "")) for p in content if isinstance(p, dict))
+        content = "".join(texts)
+    text = content if isinstance(content, str) else json.dumps(content)
+    return ToolResultPart(wire.id, text)
 
 
 def _file(wire: _PartWire) -> TextPart | None:
@@ -231,7 +247,10 @@ def _is_hole(message: Message | None) -> bool:
 
 
 def _drop_empty_end(messages: list[Message]) -> list[Message]:
-    return messages[:-1] if messages and _is_hole(messages[-1]) else messages
+    kept = list(messages)
+    while kept and _is_hole(kept[-1]):
+        kept.pop()
+    return kept
 
 
 def _rstrip(message: Message) -> Message:
@@ -254,7 +273,7 @@ def parse_version(value: str) -> int:
         return 0
     if not (text.isascii() and text.isdigit()):
         raise UnsupportedVersion("Unsupported API Version (Please update your client)")
-    return min(int(text[:9]), MAX_VERSION)
+    return min(int(text.lstrip("0")[:9] or "0"), MAX_VERSION)
 
 
 # Clients that know context filters. "web" is served by the instance itself, so it is
@@ -316,7 +335,8 @@ def _request(feature: Feature, version: int, wire: _BodyWire) -> CompletionReque
         top_p=wire.top_p if wire.top_p is not None and 0 < wire.top_p < 1 else None,
         top_k=_positive(wire.top_k),
         stop=list(dict.fromkeys(stop for stop in wire.stop_sequences or () if stop)),
-        tools=[_tool(tool.function) for tool in wire.tools or ()],
+        # An older client could not read the calls.
+        tools=[_tool(t.function) for t in wire.tools or () if version >= TOOLS_VERSION],
     )
 
 

@@ -47,7 +47,15 @@ _STATUS_BY_TEXT = (
     ("Template error", 422),
     ("Request failed during generation", 424),
 )
-_ANSWER_KEYS = ("choices", "candidates", "content", "completion", "generated_text")
+_ANSWER_KEYS = (
+    "choices",
+    "candidates",
+    "content",
+    "content_block",
+    "delta",
+    "completion",
+    "generated_text",
+)
 
 
 def decode_lenient(data: str | bytes) -> object:
@@ -56,6 +64,23 @@ def decode_lenient(data: str | bytes) -> object:
         return json.loads(data)
     except (ValueError, RecursionError):
         return None
+
+
+def replace_surrogates(value: object) -> object:
+    """Return a decoded JSON value whose text can be written as UTF-8 again.
+
+    JavaScript cuts strings between the halves of an emoji and sends what is left.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [replace_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {
+            replace_surrogates(key): replace_surrogates(item)
+            for key, item in value.items()
+        }
+    return value
 
 
 def fault_in(value: object, *, named: bool = False) -> UpstreamReported | None:
@@ -80,6 +105,11 @@ def fault_in(value: object, *, named: bool = False) -> UpstreamReported | None:
         if value.get(key):
             return _build(_text_of(value[key]), value, {})
     return None
+
+
+def is_answer(value: object) -> bool:
+    """Whether a decoded JSON value is meant to be a part of an answer."""
+    return isinstance(value, dict) and any(key in value for key in _ANSWER_KEYS)
 
 
 def fault_in_text(data: str) -> UpstreamReported | None:

@@ -3,6 +3,8 @@
 Source: https://ai.google.dev/api/generate-content.
 """
 
+import json
+
 import msgspec
 
 from proxy.completion import (
@@ -21,8 +23,8 @@ from proxy.completion import (
     ToolResultPart,
     Usage,
 )
-from proxy.dialects.base import Reader
-from proxy.dialects.fault import decode_lenient
+from proxy.dialects.base import Reader, decode_typed
+from proxy.dialects.fault import decode_lenient, replace_surrogates
 from proxy.errors import InvalidPrompt, UpstreamReported
 from proxy.sse import Event
 
@@ -120,7 +122,7 @@ def _part(part: Part, names: dict[str, str]) -> dict[str, object]:
         response = {"content": part.content}
         return {"functionResponse": {"name": name, "response": response}}
     arguments = decode_lenient(part.arguments)
-    args = arguments if isinstance(arguments, dict) else {}
+    args = replace_surrogates(arguments) if isinstance(arguments, dict) else {}
     return {"functionCall": {"name": part.name, "args": args}}
 
 
@@ -202,9 +204,8 @@ class GeminiReader(Reader):
         self._calls = 0
 
     def read(self, event: Event, out: list[Delta]) -> None:
-        try:
-            chunk = _decode_chunk(event.data)
-        except (msgspec.DecodeError, UnicodeError, RecursionError):
+        chunk = decode_typed(event.data, _Chunk, _decode_chunk)
+        if chunk is None:
             self.read_odd(event)
             return
         known = chunk.candidates or chunk.usageMetadata or chunk.promptFeedback
@@ -215,11 +216,11 @@ class GeminiReader(Reader):
 
     def read_body(self, body: bytes) -> list[Delta]:
         out: list[Delta] = []
-        try:
-            array = body.lstrip().startswith(b"[")
-            chunks = _decode_chunks(body) if array else [_decode_chunk(body)]
-        except (msgspec.DecodeError, UnicodeError, RecursionError):
-            chunks = []
+        if body.lstrip().startswith(b"["):
+            chunks = decode_typed(body, list[_Chunk], _decode_chunks) or []
+        else:
+            chunk = decode_typed(body, _Chunk, _decode_chunk)
+            chunks = [chunk] if chunk is not None else []
         for chunk in chunks:
             if chunk.error:
                 raise self.odd_body(body, "candidates")
@@ -262,7 +263,7 @@ class GeminiReader(Reader):
     def _tool_call(self, call: _FunctionCall) -> ToolCall:
         number = self._calls
         self._calls += 1
-        arguments = msgspec.json.encode(call.args).decode()
+        arguments = json.dumps(call.args, separators=(",", ":"))
         return ToolCall(number, f"call_{number}", call.name, arguments)
 
     def _read_usage(self, usage: _UsageMetadata) -> None:

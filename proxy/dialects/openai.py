@@ -8,6 +8,7 @@ Sources: https://platform.openai.com/docs/api-reference/chat and TGI's router
 (router/src/lib.rs); the deviations were seen in recorded replies (tests/data).
 """
 
+import json
 import re
 from collections.abc import Sequence
 
@@ -30,8 +31,7 @@ from proxy.completion import (
     ToolResultPart,
     Usage,
 )
-from proxy.dialects.base import Reader
-from proxy.dialects.fault import decode_lenient
+from proxy.dialects.base import Reader, decode_typed
 from proxy.errors import InvalidPrompt, UpstreamReported
 from proxy.sse import Event
 
@@ -101,7 +101,12 @@ _encode = msgspec.json.Encoder().encode
 
 
 def build_chat(request: CompletionRequest, profile: Profile) -> bytes:
-    """Return the body of a call of ``…/chat/completions``."""
+    """Return the body of a call of ``…/chat/completions``.
+
+    Raises: InvalidPrompt: there is nothing to answer.
+    """
+    if not request.messages:
+        raise InvalidPrompt("found zero messages in prompt")
     body = _sampling(request, profile)
     body.messages = [wire for m in request.messages for wire in _messages(m)]
     body.tools = [_tool(tool) for tool in request.tools] or None
@@ -227,7 +232,7 @@ class _Content(msgspec.Struct, gc=False):
 
 
 class _Choice(msgspec.Struct, gc=False):
-    index: int = 0
+    index: int | None = 0
     delta: _Content | None = None
     message: _Content | None = None
     text: str | None = None
@@ -239,29 +244,22 @@ class _PromptDetails(msgspec.Struct, gc=False):
 
 
 class _Usage(msgspec.Struct, gc=False):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: float | None = None
+    completion_tokens: float | None = None
     prompt_tokens_details: _PromptDetails | None = None
 
 
 class _Chunk(msgspec.Struct, gc=False):
-    id: str | None = None
-    model: str | None = None
+    """What is beside the choices may be of any type: it must not cost the answer."""
+
+    id: object = None
+    model: object = None
     choices: list[_Choice] | None = None
-    usage: _Usage | None = None
+    usage: object = None
     error: object = None
 
 
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode
-
-
-def _convert_chunk(data: str | bytes) -> _Chunk | None:
-    # Some servers cut a surrogate pair ("\ud83d" | "\ude00") over two chunks, which
-    # msgspec refuses and the client's JSON parser, given both, understands.
-    try:
-        return msgspec.convert(decode_lenient(data), _Chunk)
-    except msgspec.ValidationError:
-        return None
 
 
 class OpenAIReader(Reader):
@@ -271,18 +269,15 @@ class OpenAIReader(Reader):
         super().__init__()
         self._calls: dict[int, tuple[str, str]] = {}
         self._last_call = 0
+        self._unnamed: dict[int, str] = {}
 
     def read(self, event: Event, out: list[Delta]) -> None:
         data = event.data
         if data.startswith("{") and event.type != "error":
-            try:
-                chunk = _decode_chunk(data)
-            except (msgspec.DecodeError, UnicodeError, RecursionError):
-                if (lenient := _convert_chunk(data)) is None:
-                    self.read_odd(event)
-                    return
-                chunk = lenient
-            if chunk.error or not chunk.choices:
+            chunk = decode_typed(data, _Chunk, _decode_chunk)
+            if chunk is None:
+                self.read_odd(event)
+            elif chunk.error or not chunk.choices:
                 self._read_without_choices(chunk, event, out)
             else:
                 self._read_chunk(chunk, chunk.choices, out)
@@ -293,10 +288,7 @@ class OpenAIReader(Reader):
 
     def read_body(self, body: bytes) -> list[Delta]:
         out: list[Delta] = []
-        try:
-            chunk: _Chunk | None = _decode_chunk(body)
-        except (msgspec.DecodeError, UnicodeError, RecursionError):
-            chunk = _convert_chunk(body)
+        chunk = decode_typed(body, _Chunk, _decode_chunk)
         if chunk is None or chunk.error or not chunk.choices:
             raise self.odd_body(body, "choices")
         self._read_chunk(chunk, chunk.choices, out)
@@ -315,13 +307,13 @@ class OpenAIReader(Reader):
         if self.finished:
             return
         for choice in choices:
-            if choice.index == 0:
+            if not choice.index:
                 self._read_choice(choice, out)
 
     def _read_start(self, chunk: _Chunk, out: list[Delta]) -> None:
         self.understood = True
-        self.model = chunk.model or ""
-        out.append(Start(chunk.id or "", self.model))
+        self.model = chunk.model if isinstance(chunk.model, str) else ""
+        out.append(Start(chunk.id if isinstance(chunk.id, str) else "", self.model))
 
     def _read_choice(self, choice: _Choice, out: list[Delta]) -> None:
         content = choice.delta or choice.message
@@ -364,14 +356,23 @@ class OpenAIReader(Reader):
                 index = position if len(pieces) > 1 else self._index_of(piece)
             call_id, name = self._calls.get(index, ("", ""))
             call_id = call_id or piece.id or f"call_{index}"
+            if index not in self._calls and self._is_taken(call_id):
+                call_id = f"call_{index}"  # TGI calls every call "0"
             # NIM repeats the name in every piece: the first one counts.
             name = name or function.name or ""
             self._calls[index] = (call_id, name)
             self._last_call = index
             arguments = function.arguments or ""
             if isinstance(arguments, dict):  # TGI's whole replies
-                arguments = msgspec.json.encode(arguments).decode()
-            out.append(ToolCall(index, call_id, name, arguments))
+                arguments = json.dumps(arguments, separators=(",", ":"))
+            arguments = self._unnamed.pop(index, "") + arguments
+            if name:
+                out.append(ToolCall(index, call_id, name, arguments))
+            else:  # clients lose a call that begins without its name
+                self._unnamed[index] = arguments
+
+    def _is_taken(self, call_id: str) -> bool:
+        return any(call_id == taken for taken, _ in self._calls.values())
 
     def _index_of(self, piece: _ToolCallPiece) -> int:
         for index, (call_id, _) in self._calls.items():
@@ -379,13 +380,17 @@ class OpenAIReader(Reader):
                 return index
         return len(self._calls) if piece.id else self._last_call
 
-    def _read_usage(self, usage: _Usage) -> None:
+    def _read_usage(self, value: object) -> None:
+        try:
+            usage = msgspec.convert(value, _Usage, strict=False)
+        except msgspec.ValidationError:
+            return
         # LocalAI puts zeros into every chunk.
         if usage.prompt_tokens or usage.completion_tokens:
             details = usage.prompt_tokens_details
             self.usage = Usage(
-                usage.prompt_tokens or 0,
-                usage.completion_tokens or 0,
+                int(usage.prompt_tokens or 0),
+                int(usage.completion_tokens or 0),
                 details.cached_tokens if details else None,
             )
 

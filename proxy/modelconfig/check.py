@@ -8,16 +8,15 @@ that stands in the wrong place may be a secret.
 """
 
 import difflib
-import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 import msgspec
 from msgspec import inspect
 
-T = TypeVar("T")
+T = TypeVar("T", bound=msgspec.Struct)
 
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_$-]+")
 
@@ -35,13 +34,8 @@ _KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
 # Above it JSON's numbers are not exact; infinity and NaN are not below it.
 _LARGEST = 2**53
 
-_Holds: TypeAlias = Callable[[float, float], bool]
-_BOUNDS: tuple[tuple[str, str, _Holds], ...] = (
-    ("gt", "above", operator.gt),
-    ("ge", "of at least", operator.ge),
-    ("lt", "below", operator.lt),
-    ("le", "of at most", operator.le),
-)
+
+_type_info = lru_cache(inspect.type_info)
 
 
 def read(data: object, shape: type[T], path: str, problems: list[str]) -> T | None:
@@ -54,24 +48,31 @@ def read(data: object, shape: type[T], path: str, problems: list[str]) -> T | No
     return msgspec.convert(plain, shape) if len(problems) == before else None
 
 
-_type_info = lru_cache(inspect.type_info)
-
-
 def join(path: str, key: object) -> str:
-    """Return the path of ``key`` in the mapping at ``path``."""
+    """Return the path of ``key`` in the mapping at ``path``.
+
+    A key with a blank in it is not shown: it tends to be a key and a value that
+    somebody forgot to put a colon between, and the value may be a secret.
+    """
     text = str(key)
-    if not _PLAIN_KEY.fullmatch(text):
-        return f'{path}["{text}"]'
-    return f"{path}.{text}" if path else text
+    if _PLAIN_KEY.fullmatch(text):
+        return f"{path}.{text}" if path else text
+    shown = text if text.isprintable() and " " not in text else "…"
+    return f'{path}["{shown}"]'
 
 
-def hint(word: str, known: Iterable[str]) -> str:
-    """Return what to say of an unknown word: the likeliest known one, or all."""
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Return the known word that ``word`` is likely to mean."""
     folded = {name.casefold(): name for name in known}
     close = difflib.get_close_matches(word.casefold(), folded, 1, cutoff=0.7)
-    if close:
-        return f'did you mean "{folded[close[0]]}"?'
-    return f"known: {', '.join(folded.values()) or 'none'}"
+    return folded[close[0]] if close else None
+
+
+def hint(word: str, known: Sequence[str]) -> str:
+    """Return what to say of an unknown word: the likeliest known one, or all."""
+    if (near := nearest(word, known)) is not None:
+        return f'did you mean "{near}"?'
+    return f"known: {', '.join(known) or 'none'}"
 
 
 def _kind(value: object) -> str:
@@ -87,14 +88,10 @@ def _expected(shape: inspect.Type) -> str:
         case inspect.UnionType(types):
             names = [_expected(each) for each in types if not _is_none(each)]
             return " or ".join(dict.fromkeys(names))
-        case inspect.IntType() | inspect.FloatType():
-            name = "an integer" if isinstance(shape, inspect.IntType) else "a number"
-            limits = [
-                f"{text} {getattr(shape, key)}"
-                for key, text, _ in _BOUNDS
-                if getattr(shape, key) is not None
-            ]
-            return " ".join([name, " and ".join(limits)]).strip()
+        case inspect.IntType(gt=bound):
+            return "an integer" if bound is None else f"an integer above {bound}"
+        case inspect.FloatType(gt=bound):
+            return "a number" if bound is None else f"a number above {bound}"
         case inspect.BoolType():
             return "true or false"
         case inspect.StrType():
@@ -170,7 +167,7 @@ class _Walk:
         plain: dict[object, object] = {}
         for key, value in data.items():
             if not isinstance(key, str) or key not in fields:
-                self.unlisted(key, shape, path)
+                self.unlisted(key, value, shape, path)
             elif value is not None:
                 # null is the same as not given, as in Go, where the blocks come from.
                 plain[key] = self.value(value, fields[key].type, join(path, key))
@@ -184,27 +181,30 @@ class _Walk:
             plain[shape.tag_field] = shape.tag
         return plain
 
-    def unlisted(self, key: object, shape: inspect.StructType, path: str) -> None:
+    def unlisted(
+        self, key: object, value: object, shape: inspect.StructType, path: str
+    ) -> None:
         if key == shape.tag_field:
             return
         known = [each.encode_name for each in shape.fields]
         if shape.tag_field is not None:
             known.append(shape.tag_field)
-        self.problems.append(f"{join(path, key)}: unknown key; {hint(str(key), known)}")
+        # accessToken:secret is a key without a value, for want of a blank.
+        is_key = value is not None and _PLAIN_KEY.fullmatch(str(key))
+        at = join(path, key) if is_key else f'{path}["…"]'
+        self.problems.append(f"{at}: unknown key; {hint(str(key), known)}")
 
     def mapping(
         self, data: Mapping[object, object], shape: inspect.DictType, path: str
     ) -> object:
-        for key in data:
+        plain: dict[object, object] = {}
+        for key, value in data.items():
+            at = f'{path}["…"]' if value is None else join(path, key)
             if not isinstance(key, str):
-                at = join(path, key)
-                self.problems.append(
-                    f"{at}: expected a string as key, got {_kind(key)}"
-                )
-        return {
-            key: self.value(value, shape.value_type, join(path, key))
-            for key, value in data.items()
-        }
+                text = f"expected a string as key, got {_kind(key)}"
+                self.problems.append(f"{at}: {text}")
+            plain[key] = self.value(value, shape.value_type, at)
+        return plain
 
     def items(
         self,
@@ -222,24 +222,20 @@ class _Walk:
     ) -> object:
         whole = isinstance(shape, inspect.IntType)
         if not abs(data) <= _LARGEST:
-            self.problems.append(
-                f"{path}: expected {_expected(shape)}, got too large a one"
-            )
+            text = f"expected {_expected(shape)}, got one that is too large"
+            self.problems.append(f"{path}: {text}")
             return data
         if whole and data != int(data):
             return self.mismatch(data, shape, path)
-        for key, _, holds in _BOUNDS:
-            bound = getattr(shape, key)
-            if bound is not None and not holds(data, bound):
-                self.problems.append(f"{path}: expected {_expected(shape)}")
+        if shape.gt is not None and data <= shape.gt:
+            self.problems.append(f"{path}: expected {_expected(shape)}")
         # JSON knows no difference between 4000 and 4000.0.
         return int(data) if whole else data
 
     def word(self, data: object, shape: inspect.LiteralType, path: str) -> object:
         if data not in shape.values:
-            words = [str(value) for value in shape.values]
-            near = hint(str(data), words)
-            more = f"; {near}" if near.startswith("did") else ""
+            near = nearest(str(data), map(str, shape.values))
+            more = f'; did you mean "{near}"?' if near else ""
             self.problems.append(f"{path}: expected {_expected(shape)}{more}")
         return data
 

@@ -113,12 +113,12 @@ class _Collection:
         for index, model in enumerate(models):
             at = f"{path}[{index}]"
             override = _one_spelling(model, at, self.findings)
-            recommended = self.given.get(model.model_ref)
-            if recommended is None or model.model_ref in refs:
+            given = self.given.get(model.model_ref)
+            if given is None or model.model_ref in refs:
                 self.add(_Given(override, at), f"{at}.modelRef")
             else:
-                recommended.override = merge(override, recommended.override)
-                recommended.path = at
+                given.override = merge(override, given.override)
+                given.path = at
             refs.add(model.model_ref)
 
     def known(

@@ -26,6 +26,9 @@ _MESSAGES = "/v1/messages"
 _GEMINI = "https://generativelanguage.googleapis.com"
 _NOT_SERVED = "is not served by this version yet"
 
+# The gateway has a path for each.
+_ROUTED = ("anthropic", "openai", "fireworks", "mistral", "google")
+
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
 _UNPRINTABLE_OR_BLANK = re.compile(r"[\x00-\x20\x7f]")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -37,11 +40,7 @@ def resolve_providers(
     read_file: ReadFile,
     findings: Findings,
 ) -> dict[str, Provider]:
-    """Return the providers by id, in the order of the configuration.
-
-    A provider with problems is left out only if it has no usable id, so that its
-    models are not reported as well.
-    """
+    """Return the providers by id, in the order of the configuration."""
     providers: dict[str, Provider] = {}
     for index, override in enumerate(overrides):
         at = f"{path}[{index}]"
@@ -93,6 +92,10 @@ class _Reader:
             text = f'no server-side config available for provider "{override.id}"'
             self.findings.problem(at, text)
             return provider
+        if isinstance(config, schema.Sourcegraph) and override.id not in _ROUTED:
+            text = f'to use Cody Gateway, the provider ID ("{override.id}") must match'
+            known = ", ".join(_ROUTED)
+            self.findings.problem(f"{path}.id", f"{text} one of {known}")
         return replace(
             provider,
             endpoints=self.endpoints(config, at),

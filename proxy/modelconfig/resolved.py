@@ -68,7 +68,8 @@ class Endpoint(msgspec.Struct, frozen=True):
 class Provider(msgspec.Struct, frozen=True):
     """One entry of ``providerOverrides``; ``type`` is its ``serverSideConfig.type``.
 
-    The last three fields are for ``azureOpenAI``. The URL of an endpoint is as
+    ``profile``, ``adjust`` and ``client_credentials`` are own settings, see the README.
+    The three fields before them are for ``azureOpenAI``. The URL of an endpoint is as
     configured; it is "" where the type has a default that its provider code knows.
     """
 
@@ -81,6 +82,21 @@ class Provider(msgspec.Struct, frozen=True):
     user: str = ""
     use_deprecated_completions_api: bool = False
     api_version: str = "2024-06-01"
+    profile: str = ""
+    adjust: bool = True
+    client_credentials: bool = False
+
+    @property
+    def server_profile(self) -> str:
+        """Which server's ways its requests are fitted to: a key of ``PROFILES``."""
+        return self.profile or _PROFILE_OF_TYPE.get(self.type, "openai")
+
+
+_PROFILE_OF_TYPE = {
+    "huggingface-tgi": "tgi",
+    "openaicompatible": "vllm",
+    "anthropic": "anthropic",
+}
 
 
 class ContextWindow(msgspec.Struct, frozen=True):

@@ -1,9 +1,13 @@
 """Anthropic's API; the endpoint is the whole URL, ``/v1/messages`` included."""
 
 from proxy.completion import CompletionRequest
-from proxy.dialects.anthropic import MessagesReader, build_messages
+from proxy.dialects.anthropic import (
+    PINNED_MODELS,
+    MessagesReader,
+    build_messages,
+)
 from proxy.modelconfig.resolved import Endpoint, Model, Provider as Settings
-from proxy.providers.base import Call, headers_for, prepare
+from proxy.providers.base import Call, Native, headers_for, own_credentials, prepare
 
 API_HEADERS = {"anthropic-version": "2023-06-01"}
 
@@ -26,6 +30,24 @@ class AnthropicProvider:
             MessagesReader(),
             stops=request.stop,
         )
+
+    def native(
+        self, dialect: str, request: CompletionRequest, model: Model, endpoint: Endpoint
+    ) -> Native | None:
+        if dialect != "anthropic":
+            return None
+        credentials = {"X-API-Key": endpoint.access_token}
+        headers = headers_for(request, endpoint, credentials, API_HEADERS)
+        name = model.api_model or model.name
+        name = PINNED_MODELS.get(name, name)
+        return Native(endpoint.url, headers, MessagesReader(), name)
+
+    def credentials(self, endpoint: Endpoint) -> dict[str, str]:
+        key = {"X-API-Key": endpoint.access_token}
+        return API_HEADERS | own_credentials(endpoint, key)
+
+    def root(self, endpoint: Endpoint) -> str:
+        return endpoint.url.rstrip("/").removesuffix("/v1/messages")
 
 
 def for_anthropic(request: CompletionRequest, model: Model) -> CompletionRequest:

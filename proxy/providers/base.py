@@ -7,15 +7,29 @@ from urllib.parse import quote, urlsplit, urlunsplit
 import msgspec
 
 from proxy.completion import ROLES, CompletionRequest, ImagePart, Message, TextPart
+from proxy.dialects.adjust import (
+    Fields,
+    decode_fields,
+    encode_fields,
+    fix_request,
+    raw,
+)
 from proxy.dialects.base import EVENT_STREAM, JSON, Reader
-from proxy.errors import InvalidPrompt
+from proxy.errors import InvalidPrompt, InvalidRequest
 from proxy.modelconfig.resolved import Endpoint, Model
+
+# The end of the answer so far is compared with each of them, token by token.
+MAX_STOPS = 128
+MAX_STOP_CHARS = 1000
 
 
 class Call(msgspec.Struct):
     """One call of an upstream, ready to be sent, and how to understand its reply.
 
     ``stops`` are cut at by us; ``ends`` are taken off the end of the answer.
+    ``native`` is the client's dialect if the upstream speaks it too, so that its reply
+    passes through; ``adjust`` if fix-ups are allowed then, ``several`` if several
+    answers were asked for. ``adjusted`` names what of the request was changed.
     """
 
     url: str
@@ -24,6 +38,22 @@ class Call(msgspec.Struct):
     reader: Reader
     stops: list[str] = []
     ends: list[str] = []
+    native: str = ""
+    adjust: bool = True
+    several: bool = False
+    adjusted: list[str] = []
+
+
+class Native(msgspec.Struct):
+    """An upstream that speaks the client's dialect.
+
+    ``model`` is what it calls the model, "" if its body does not say.
+    """
+
+    url: str
+    headers: dict[str, str]
+    reader: Reader
+    model: str = ""
 
 
 class Provider(Protocol):
@@ -35,6 +65,20 @@ class Provider(Protocol):
         self, request: CompletionRequest, model: Model, endpoint: Endpoint
     ) -> Call:
         """Raises: InvalidPrompt: this kind of upstream cannot take such messages."""
+        ...
+
+    def native(
+        self, dialect: str, request: CompletionRequest, model: Model, endpoint: Endpoint
+    ) -> Native | None:
+        """Where this upstream speaks the client's own dialect; None if it does not."""
+        ...
+
+    def credentials(self, endpoint: Endpoint) -> dict[str, str]:
+        """The headers that let us in."""
+        ...
+
+    def root(self, endpoint: Endpoint) -> str:
+        """The URL below which the server has its paths, ``/v1/…`` among them."""
         ...
 
 
@@ -51,6 +95,7 @@ def prepare(request: CompletionRequest, model: Model) -> CompletionRequest:
             f'model "{model.ref}" does not take images; if it does, add "vision" to '
             "its capabilities in modelConfiguration"
         )
+    _check_stops(request.stop)
     messages = request.messages
     if model.strict_template:
         messages = fold(messages)
@@ -65,6 +110,17 @@ def prepare(request: CompletionRequest, model: Model) -> CompletionRequest:
     )
 
 
+def _check_stops(stops: list[str]) -> None:
+    if len(stops) > MAX_STOPS:
+        raise InvalidRequest(
+            f"{len(stops)} stop sequences; at most {MAX_STOPS} are taken"
+        )
+    if any(len(stop) > MAX_STOP_CHARS for stop in stops):
+        raise InvalidRequest(
+            f"a stop sequence has more than {MAX_STOP_CHARS} characters"
+        )
+
+
 def _has_image(messages: list[Message]) -> bool:
     return any(isinstance(part, ImagePart) for m in messages for part in m.parts)
 
@@ -74,7 +130,8 @@ def fold(messages: list[Message]) -> list[Message]:
 
     They take no system role and only alternating ones, starting with the user: the
     system prompt goes in front of the first question, neighbours are joined, both
-    with a blank line between.
+    with a blank line between. A last assistant message, the beginning of an answer,
+    becomes part of the question.
     """
     folded: list[Message] = []
     is_asked = False  # an answer to nothing but the system prompt is none
@@ -83,6 +140,11 @@ def fold(messages: list[Message]) -> list[Message]:
         if message.is_empty or (role == "assistant" and not is_asked):
             continue
         is_asked = is_asked or message.role == "user"
+        if role == "assistant" and message is messages[-1]:
+            # Nobody continues it here, so it is asked for.
+            role = "user"
+            prefix = TextPart("Begin your answer with:\n")
+            message = Message(role, [prefix, *message.parts])
         if folded and folded[-1].role == role:
             parts = [*folded[-1].parts, TextPart("\n\n"), *message.parts]
             folded[-1] = Message(role, parts)
@@ -133,7 +195,52 @@ def headers_for(
     }
 
 
+def own_credentials(endpoint: Endpoint, credentials: dict[str, str]) -> dict[str, str]:
+    """Configured headers replace what would be made of the token."""
+    return endpoint.headers or credentials
+
+
 def bearer(endpoint: Endpoint) -> dict[str, str]:
     if not endpoint.access_token or endpoint.access_token_query:
         return {}
     return {"Authorization": f"Bearer {endpoint.access_token}"}
+
+
+def pass_on(
+    native: Native,
+    dialect: str,
+    request: CompletionRequest,
+    model: Model,
+    body: bytes,
+    *,
+    profile: str,
+    adjust: bool,
+) -> Call:
+    """Return the call that hands the client's own bytes on.
+
+    Only what must change does: the model's name and, with ``adjust``, what this kind of
+    server refuses. What does not change keeps its bytes.
+    """
+    fields = decode_fields(body)
+    before = dict(fields)
+    known = ("", model.api_model or model.name)
+    # Names that only the configuration knows must change, whatever was asked.
+    must = adjust or request.model not in known
+    if native.model and request.model != native.model and must:
+        fields["model"] = raw(native.model)
+    adjusted = fix_request(profile, fields) if adjust else []
+    return Call(
+        native.url,
+        native.headers,
+        body if fields == before else encode_fields(fields),
+        native.reader,
+        native=dialect,
+        adjust=adjust,
+        several=_is_several(before),
+        adjusted=adjusted,
+    )
+
+
+def _is_several(fields: Fields) -> bool:
+    prompts = bytes(fields.get("prompt", b""))
+    return bytes(fields.get("n", b"1")) not in (b"1", b"null") or prompts[:1] == b"["

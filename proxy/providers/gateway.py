@@ -12,7 +12,15 @@ from proxy.dialects.openai import OpenAIReader, build_chat, build_completion
 from proxy.errors import InvalidRequest
 from proxy.modelconfig.resolved import Endpoint, Model, Provider as Settings
 from proxy.providers.anthropic import API_HEADERS, for_anthropic
-from proxy.providers.base import Call, bearer, headers_for, prepare, replace_path
+from proxy.providers.base import (
+    Call,
+    Native,
+    bearer,
+    headers_for,
+    own_credentials,
+    prepare,
+    replace_path,
+)
 from proxy.providers.openai import FIREWORKS, OPENAI
 
 
@@ -87,3 +95,15 @@ class GatewayProvider:
             route.reader(),
             stops=request.stop,
         )
+
+    def native(
+        self, dialect: str, request: CompletionRequest, model: Model, endpoint: Endpoint
+    ) -> Native | None:
+        # The gateway's bodies differ a little from each dialect's own.
+        return None
+
+    def credentials(self, endpoint: Endpoint) -> dict[str, str]:
+        return own_credentials(endpoint, bearer(endpoint))
+
+    def root(self, endpoint: Endpoint) -> str:
+        return replace_path(endpoint.url, "")

@@ -9,12 +9,15 @@ from proxy.dialects.openai import (
     build_chat,
     build_completion,
 )
+from proxy.dialects.tgi import TGIReader
 from proxy.modelconfig.resolved import Endpoint, Model, Provider as Settings
 from proxy.providers.base import (
     Call,
+    Native,
     bearer,
     headers_for,
     join_url,
+    own_credentials,
     prepare,
     replace_path,
     token_query,
@@ -25,6 +28,7 @@ from proxy.stops import END_OF_TEXT
 # any model name but "tgi" means a LoRA adapter to it.
 TGI = Profile(max_stops=4, leaks_end=True)
 TGI_MODEL = "tgi"
+PATHS = {"openai-chat": "chat/completions", "openai-completions": "completions"}
 # vLLM 0.32 refuses a fifth stop sequence as well; the rest is cut at by the proxy.
 COMPATIBLE = Profile(max_stops=4, top_k=True, leaks_end=True)
 OPENAI = Profile(max_stops=4, reasoning_names=True)
@@ -75,6 +79,26 @@ class OpenAICompatibleProvider:
             headers=headers_for(request, endpoint, bearer(endpoint)),
         )
 
+    def native(
+        self, dialect: str, request: CompletionRequest, model: Model, endpoint: Endpoint
+    ) -> Native | None:
+        headers = headers_for(request, endpoint, bearer(endpoint))
+        if dialect in PATHS:
+            url = join_url(endpoint.url, PATHS[dialect], token_query(endpoint))
+            name = model.api_model or (TGI_MODEL if self._is_tgi else model.name)
+            return Native(url, headers, OpenAIReader(), name)
+        if dialect == "tgi" and self._is_tgi:
+            path = "generate_stream" if request.stream else "generate"
+            url = join_url(self.root(endpoint), path, token_query(endpoint))
+            return Native(url, headers, TGIReader())
+        return None
+
+    def credentials(self, endpoint: Endpoint) -> dict[str, str]:
+        return own_credentials(endpoint, bearer(endpoint))
+
+    def root(self, endpoint: Endpoint) -> str:
+        return endpoint.url.rstrip("/").removesuffix("/v1")
+
 
 class OpenAIProvider:
     """OpenAI itself; a base path of the endpoint is kept."""
@@ -99,6 +123,22 @@ class OpenAIProvider:
             url=self.url(endpoint.url or self.default_url, chat),
             headers=headers_for(request, endpoint, bearer(endpoint)),
         )
+
+    def native(
+        self, dialect: str, request: CompletionRequest, model: Model, endpoint: Endpoint
+    ) -> Native | None:
+        if dialect not in PATHS:
+            return None
+        url = self.url(endpoint.url or self.default_url, dialect == "openai-chat")
+        headers = headers_for(request, endpoint, bearer(endpoint))
+        return Native(url, headers, OpenAIReader(), model.api_model or model.name)
+
+    def credentials(self, endpoint: Endpoint) -> dict[str, str]:
+        return own_credentials(endpoint, bearer(endpoint))
+
+    def root(self, endpoint: Endpoint) -> str:
+        url = self.url(endpoint.url or self.default_url, False)
+        return url.removesuffix("/v1/completions")
 
     def url(self, url: str, chat: bool) -> str:
         path = "chat/completions" if chat else "completions"
@@ -141,12 +181,31 @@ class AzureProvider:
             model,
             OPENAI,
             chat=chat,
-            url=join_url(
-                endpoint.url,
-                f"openai/deployments/{quote(request.model, safe='')}/{path}",
-                f"api-version={quote(self._settings.api_version)}",
-            ),
+            url=self._url(endpoint, request.model, path),
             headers=headers_for(request, endpoint, self._credentials(endpoint)),
+        )
+
+    def native(
+        self, dialect: str, request: CompletionRequest, model: Model, endpoint: Endpoint
+    ) -> Native | None:
+        if dialect not in PATHS:
+            return None
+        name = model.api_model or model.name
+        url = self._url(endpoint, name, PATHS[dialect])
+        headers = headers_for(request, endpoint, self._credentials(endpoint))
+        return Native(url, headers, OpenAIReader())
+
+    def credentials(self, endpoint: Endpoint) -> dict[str, str]:
+        return own_credentials(endpoint, self._credentials(endpoint))
+
+    def root(self, endpoint: Endpoint) -> str:
+        return f"{endpoint.url.rstrip('/')}/openai"
+
+    def _url(self, endpoint: Endpoint, deployment: str, path: str) -> str:
+        return join_url(
+            endpoint.url,
+            f"openai/deployments/{quote(deployment, safe='')}/{path}",
+            f"api-version={quote(self._settings.api_version)}",
         )
 
     def _credentials(self, endpoint: Endpoint) -> dict[str, str]:

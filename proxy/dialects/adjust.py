@@ -1,0 +1,240 @@
+"""Fix-ups where a server deviates from the dialect that it claims to speak.
+
+For traffic that is passed through, client and upstream speaking the same dialect: a
+request loses what this kind of server refuses, a reply gets what clients rely on. Each
+fix-up has a name, which the client is told (``x-proxy-adjusted``) and the log keeps.
+What needs no fix-up keeps its bytes.
+"""
+
+import random
+from collections.abc import Callable
+from typing import TypeAlias
+
+import msgspec
+
+Fields: TypeAlias = dict[str, msgspec.Raw]
+
+_decode_fields = msgspec.json.Decoder(Fields).decode
+_encode = msgspec.json.Encoder().encode
+
+# --------------------------------------------------------------------------- requests
+
+
+def decode_fields(body: bytes) -> Fields:
+    """Return the fields of a JSON object, each value as the bytes it came in."""
+    return _decode_fields(body)
+
+
+def encode_fields(fields: Fields) -> bytes:
+    return _encode(fields)
+
+
+def raw(value: object) -> msgspec.Raw:
+    return msgspec.Raw(_encode(value))
+
+
+def _value(fields: Fields, key: str) -> object:
+    return msgspec.json.decode(fields[key]) if key in fields else None
+
+
+def _drop_top_p(fields: Fields) -> bool:
+    """TGI wants 0 < top_p < 1; 1 and 0 mean "off" to everybody else."""
+    value = _value(fields, "top_p")
+    if not isinstance(value, int | float) or 0 < value < 1:
+        return False
+    del fields["top_p"]
+    return True
+
+
+def _drop_zero(key: str) -> Callable[[Fields], bool]:
+    def fix(fields: Fields) -> bool:
+        if key in fields and _value(fields, key) in (0, None):
+            del fields[key]
+            return True
+        return False
+
+    return fix
+
+
+def _drop_null(key: str) -> Callable[[Fields], bool]:
+    def fix(fields: Fields) -> bool:
+        if key in fields and bytes(fields[key]) == b"null":
+            del fields[key]
+            return True
+        return False
+
+    return fix
+
+
+def _drop(key: str) -> Callable[[Fields], bool]:
+    def fix(fields: Fields) -> bool:
+        return fields.pop(key, None) is not None
+
+    return fix
+
+
+def _list_stop(fields: Fields) -> bool:
+    value = _value(fields, "stop")
+    if not isinstance(value, str):
+        return False
+    fields["stop"] = raw([value])
+    return True
+
+
+def _rename_max_tokens(fields: Fields) -> bool:
+    """The newer name is unknown to TGI before December 2024."""
+    if "max_completion_tokens" not in fields:
+        return False
+    fields["max_tokens"] = fields.pop("max_completion_tokens")
+    return True
+
+
+def _response_format(fields: Fields) -> bool:
+    """TGI: ``{"type": "json", "value": schema}``, and the schema needs properties."""
+    value = _value(fields, "response_format")
+    if not isinstance(value, dict):
+        return False
+    kind = value.get("type")
+    if kind == "json_object":
+        schema: object = {"type": "object", "properties": {}}
+    elif kind == "json_schema" and isinstance(value.get("json_schema"), dict):
+        schema = value["json_schema"].get("schema")
+    elif kind == "text":
+        del fields["response_format"]
+        return True
+    else:
+        return False
+    fields["response_format"] = raw({"type": "json", "value": schema})
+    return True
+
+
+def _null_content(fields: Fields) -> bool:
+    """TGI takes null content only beside tool calls."""
+    messages = _value(fields, "messages")
+    if not isinstance(messages, list):
+        return False
+    changed = False
+    for message in messages:
+        if not isinstance(message, dict) or message.get("tool_calls"):
+            continue
+        if message.get("content", "") is None:
+            message["content"] = ""
+            changed = True
+    if changed:
+        fields["messages"] = raw(messages)
+    return changed
+
+
+Fix: TypeAlias = tuple[str, Callable[[Fields], bool]]
+
+_TGI: tuple[Fix, ...] = (
+    ("top_p", _drop_top_p),
+    ("presence_penalty", _drop_zero("presence_penalty")),
+    ("stop", _list_stop),
+    ("stream_options", _drop_null("stream_options")),
+    ("stream", _drop_null("stream")),
+    ("logit_bias", _drop("logit_bias")),
+    ("max_tokens", _rename_max_tokens),
+    ("max_tokens", _drop_zero("max_tokens")),
+    ("response_format", _response_format),
+    ("messages", _null_content),
+)
+_NULLS: tuple[Fix, ...] = tuple(
+    (key, _drop_null(key))
+    for key in ("stop", "stream", "stream_options", "tools", "max_tokens")
+)
+# Profile -> what its servers refuse in a request. The kinds that are not named take
+# what their API's own clients send.
+REQUEST_FIXES: dict[str, tuple[Fix, ...]] = {
+    "tgi": _TGI,
+    "vllm": (),
+    "llamacpp": _NULLS,
+    "ollama": _NULLS,
+    "openai": (),
+    "anthropic": (),
+}
+PROFILES = tuple(REQUEST_FIXES)
+
+
+def fix_request(profile: str, fields: Fields) -> list[str]:
+    """Change ``fields`` to what the server takes; return the names of the changed."""
+    return [f"request.{name}" for name, fix in REQUEST_FIXES[profile] if fix(fields)]
+
+
+# ---------------------------------------------------------------------------- replies
+
+# What a clean stream ends with, for servers that leave it out.
+END = {
+    "openai-chat": b"data: [DONE]\n\n",
+    "openai-completions": b"data: [DONE]\n\n",
+}
+# A chunk that contains none of these needs no fix-up and is not decoded for one.
+_OPENAI_SIGNS = (
+    '"finish_reason":""',
+    '"finish_reason": ""',
+    '"stop_sequence"',
+    '"eos_token"',
+    '"id":""',
+    '"id": ""',
+)
+_OPENAI_REASONS = {"stop_sequence": "stop", "eos_token": "stop", "": None}
+
+
+class ReplyFixer:
+    """Fixes the events, or the body, of one reply. ``names`` says what it did."""
+
+    def __init__(self, dialect: str) -> None:
+        self.names: list[str] = []
+        self._is_openai = dialect in END
+        self._id = f"chatcmpl-{random.getrandbits(96):024x}"
+
+    def fix(self, data: str) -> str | None:
+        """Return the data of an event as clients expect it, None to leave it out."""
+        if not self._is_openai:
+            return data
+        if data == "null":  # llama.cpp, first event of a list of prompts
+            self._note("data")
+            return None
+        if not any(sign in data for sign in _OPENAI_SIGNS):
+            return data
+        return self._fix_openai(data)
+
+    def _fix_openai(self, data: str) -> str:
+        try:
+            value = msgspec.json.decode(data)
+        except (msgspec.DecodeError, RecursionError):
+            return data
+        if not isinstance(value, dict) or not self._fix_value(value):
+            return data
+        return _encode(value).decode()
+
+    def _fix_value(self, value: dict[str, object]) -> bool:
+        changed = False
+        if value.get("id") == "":
+            value["id"] = self._id
+            self._note("id")
+            changed = True
+        choices = value.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            if isinstance(choice, dict) and self._fix_reason(choice):
+                changed = True
+        return changed
+
+    def _fix_reason(self, choice: dict[str, object]) -> bool:
+        reason = choice.get("finish_reason")
+        if not isinstance(reason, str) or reason not in _OPENAI_REASONS:
+            return False
+        choice["finish_reason"] = _OPENAI_REASONS[reason]
+        self._note("finish_reason")
+        return True
+
+    def add_end(self, dialect: str) -> bytes:
+        """What is missing at the end of a stream that is otherwise complete."""
+        if dialect not in END:
+            return b""
+        self._note("done")
+        return END[dialect]
+
+    def _note(self, name: str) -> None:
+        if f"reply.{name}" not in self.names:
+            self.names.append(f"reply.{name}")

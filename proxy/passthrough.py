@@ -1,0 +1,215 @@
+"""One reply that passes through: client and upstream speak the same dialect.
+
+``PassThrough`` has the methods of ``Exchange`` and the same duties. The bytes are the
+upstream's; the parser only watches, for errors, usage and the end. Whole events go out
+at a time, so that one that needs a fix-up can be replaced; an error is said as the
+client's own dialect says it. With ``fixer`` None not even that: bytes are bytes, and
+what is watched is only written down.
+"""
+
+from collections.abc import Callable
+
+from proxy.completion import Delta, Start
+from proxy.dialects.adjust import ReplyFixer
+from proxy.dialects.base import Reader, Writer
+from proxy.errors import ProxyError, UpstreamFault, UpstreamGarbled
+from proxy.sse import Event, Parser, frame
+
+
+class PassThrough:
+    """A stream of events.
+
+    Args:
+        dialect: the wire format of both sides.
+        several: the request asks for several answers at once, so the end of the
+                 first one is not the end.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        writer: Writer,
+        *,
+        dialect: str,
+        limit_bytes: int,
+        fixer: ReplyFixer | None,
+        several: bool = False,
+        redact: Callable[[str], str] = str,
+    ) -> None:
+        self.is_started = False
+        self.is_answering = False
+        self.is_ended = False
+        self.error: ProxyError | None = None
+        self._reader = reader
+        self._writer = writer
+        self._dialect = dialect
+        self._fixer = fixer
+        self._several = several
+        self._redact = redact
+        self._parser = Parser(limit_bytes)
+        self._tail = b""  # of an event that has not ended yet
+        self._waiting = b""  # events before the first meaningful one
+        self._is_reframed = False  # its line ends are not ours: cuts cannot be seen
+
+    @property
+    def is_finishing(self) -> bool:
+        return self._reader.finished and not self._several
+
+    @property
+    def adjusted(self) -> list[str]:
+        return self._fixer.names if self._fixer is not None else []
+
+    def receive_data(self, data: bytes) -> bytes:
+        """Return what may go on to the client.
+
+        Raises: UpstreamFault: it is an error, and nothing was said yet.
+        """
+        if self.is_ended:
+            return b""
+        if self._fixer is None:
+            return self._watch(data)
+        deltas: list[Delta] = []
+        events: list[Event] = []
+        fault = self._read(data, events, deltas)
+        out = self._whole_events(data, events, self._fixer, fault is not None)
+        if not self.is_answering:
+            self.is_answering = any(type(delta) is not Start for delta in deltas)
+        if not (self.is_answering or self._reader.ended):
+            self._waiting += out
+            out = b""
+        elif self._waiting:
+            out, self._waiting = self._waiting + out, b""
+        self.is_started = self.is_started or bool(out)
+        if fault is not None:
+            return out + self._fail(fault)
+        if self._reader.ended:
+            self.is_ended = True
+        return out
+
+    def receive_eof(self) -> bytes:
+        """The upstream's reply is over. Raises like ``receive_data``."""
+        if self.is_ended:
+            return b""
+        try:
+            self._reader.eof()
+        except UpstreamFault as fault:
+            return self._fail(fault)
+        self.is_ended = True
+        if self._fixer is None or self._reader.ended:
+            return b""
+        out = self._waiting + self._fixer.add_end(self._dialect)
+        self.is_started = True
+        return out
+
+    def receive_failure(self, error: ProxyError) -> bytes:
+        """The upstream's reply cannot go on. Raises like ``receive_data``."""
+        if self.is_ended:
+            return b""
+        if isinstance(error, UpstreamFault) and self._reader.finished:
+            return self.receive_eof()
+        return self._fail(error)
+
+    def _watch(self, data: bytes) -> bytes:
+        """Let the bytes through as they are."""
+        deltas: list[Delta] = []
+        fault = self._read(data, [], deltas) if self.error is None else None
+        if fault is not None:
+            self.error = fault
+        self.is_answering = self.is_answering or bool(deltas)
+        self.is_started = True
+        return data
+
+    def _read(
+        self, data: bytes, events: list[Event], deltas: list[Delta]
+    ) -> UpstreamFault | None:
+        """Fill the lists; return the error that ends them, if any."""
+        parser = self._parser
+        try:
+            for event in parser.feed(data):
+                self._reader.read(event, deltas)
+                events.append(event)
+            if (parser.ignored or "").startswith("error:"):  # old llama.cpp
+                self._reader.read_odd(Event("error", (parser.ignored or "")[6:]))
+        except UpstreamFault as fault:
+            return fault
+        return None
+
+    def _whole_events(
+        self, data: bytes, events: list[Event], fixer: ReplyFixer, failed: bool
+    ) -> bytes:
+        """Return the bytes of the given events, keep those of an unfinished one."""
+        if b"\r" in data:
+            self._is_reframed = True
+        cut = 0
+        if not self._is_reframed:
+            self._tail += data
+            cut = self._tail.rfind(b"\n\n") + 2
+        fixed = [(event, fixer.fix(event.data)) for event in events]
+        is_clean = all(event.data is text for event, text in fixed)
+        if is_clean and not failed and not self._is_reframed:
+            out, self._tail = self._tail[:cut], self._tail[cut:]
+            return out
+        self._tail = self._tail[cut:]
+        return b"".join(frame(e.type, text) for e, text in fixed if text is not None)
+
+    def _fail(self, error: ProxyError) -> bytes:
+        self.error = error
+        error.message = self._redact(error.message)
+        self.is_ended = True
+        if not self.is_started:
+            raise error
+        return self._writer.error(error) if self._fixer is not None else b""
+
+
+class PassedBody:
+    """A reply in one piece. Methods and duties are those of ``Exchange``."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        *,
+        limit_bytes: int,
+        fixer: ReplyFixer | None,
+        redact: Callable[[str], str] = str,
+    ) -> None:
+        self.is_started = False
+        self.is_answering = False
+        self.is_ended = False
+        self.is_finishing = False
+        self.error: ProxyError | None = None
+        self._reader = reader
+        self._limit_bytes = limit_bytes
+        self._fixer = fixer
+        self._redact = redact
+        self._body = bytearray()
+
+    @property
+    def adjusted(self) -> list[str]:
+        return self._fixer.names if self._fixer is not None else []
+
+    def receive_data(self, data: bytes) -> bytes:
+        self._body += data
+        if len(self._body) > self._limit_bytes:
+            raise UpstreamGarbled(f"upstream reply exceeds {self._limit_bytes} bytes")
+        return b""
+
+    def receive_eof(self) -> bytes:
+        body = bytes(self._body)
+        try:
+            self._reader.read_body(body)
+        except UpstreamFault as fault:
+            self.error = fault
+            if self._fixer is not None:
+                return self.receive_failure(fault)
+        self.is_answering = self.is_ended = self.is_started = True
+        if self._fixer is None:
+            return body
+        text = body.decode(errors="surrogateescape")
+        fixed = self._fixer.fix(text)
+        return body if fixed is None or fixed is text else fixed.encode()
+
+    def receive_failure(self, error: ProxyError) -> bytes:
+        self.is_ended = True
+        self.error = error
+        error.message = self._redact(error.message)
+        raise error

@@ -1,0 +1,88 @@
+"""Which dialect is spoken at which path."""
+
+from collections.abc import Callable
+
+from proxy.config import Settings
+from proxy.dialects import (
+    anthropic_incoming as anthropic,
+    cody,
+    gateway,
+    gemini_incoming as gemini,
+    openai_incoming as openai,
+    tgi,
+)
+from proxy.dialects.base import Incoming
+from proxy.modelconfig.resolved import Model
+
+_GATEWAY = "/v1/completions"
+
+
+def incoming(settings: Settings) -> dict[str, Incoming]:
+    """Return what answers a completion request, by path."""
+    check = settings.client_version_check
+    chat, completions = openai.ChatCompletions(), openai.Completions()
+    return {
+        "/.api/completions/stream": cody.Completions("chat", check_client=check),
+        "/.api/completions/code": cody.Completions("code", check_client=check),
+        "/v1/chat/completions": chat,
+        "/.api/llm/chat/completions": chat,
+        "/v1/completions": completions,
+        "/.api/llm/completions": completions,
+        "/v1/messages": anthropic.Messages(),
+        "/v1/complete": anthropic.Complete(),
+        "/generate": tgi.Generate("/generate"),
+        "/generate_stream": tgi.Generate("/generate_stream"),
+        "/": tgi.Generate("/"),
+        "/invocations": tgi.Generate("/invocations"),
+        f"{_GATEWAY}/anthropic": gateway.GatewayRoute(
+            "anthropic", anthropic.Complete()
+        ),
+        f"{_GATEWAY}/anthropic-messages": gateway.GatewayRoute(
+            "anthropic", anthropic.Messages()
+        ),
+        f"{_GATEWAY}/openai": gateway.GatewayRoute("openai", chat),
+        f"{_GATEWAY}/fireworks": gateway.GatewayRoute(
+            "fireworks",
+            {"chat": chat, "code": completions},
+        ),
+        f"{_GATEWAY}/google": gateway.GatewayRoute("google", gemini.GenerateContent()),
+    }
+
+
+# Paths that are handed on to the upstream whole: path here -> path there. The model in
+# the body says which upstream; without one it is the default one.
+FORWARDED = {
+    "/v1/embeddings": "/v1/embeddings",
+    "/.api/llm/embeddings": "/v1/embeddings",
+    "/v1/responses": "/v1/responses",
+    "/.api/llm/responses": "/v1/responses",
+    "/v1/messages/count_tokens": "/v1/messages/count_tokens",
+    "/tokenize": "/tokenize",
+    "/chat_tokenize": "/chat_tokenize",
+    "/info": "/info",
+    "/health": "/health",
+    "/upstream/metrics": "/metrics",
+}
+
+
+def reply_headers(path: str, model: Model) -> dict[str, str]:
+    """What a successful reply at ``path`` carries besides."""
+    if not path.startswith(f"{_GATEWAY}/"):
+        return {}
+    return {"x-cody-resolved-model": f"{model.provider_id}/{model.name}"}
+
+
+# How errors are said on paths without an exchange, by their beginning.
+ERRORS: tuple[tuple[str, Callable[[], Incoming]], ...] = (
+    ("/v1/messages", anthropic.Messages),
+    ("/v1/limits", lambda: gateway.GatewayRoute("openai", openai.ChatCompletions())),
+    ("/v1/", openai.ChatCompletions),
+    ("/.api/llm/", openai.ChatCompletions),
+    ("/.api/", lambda: cody.Completions("chat")),
+    ("/", lambda: tgi.Generate("/")),
+)
+
+
+def errors_at(path: str) -> Incoming:
+    """Return the dialect in which an error at ``path`` is said."""
+    return next(make() for start, make in ERRORS if path.startswith(start))
