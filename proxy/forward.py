@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 
 from aiohttp import web
 
-from proxy.errors import UpstreamTruncated
+from proxy.errors import UnknownPath, UpstreamTruncated
 from proxy.hop import end_to_end
 from proxy.upstream import Upstream
 
@@ -34,12 +34,16 @@ async def forward(
     endpoint: str,
     own_headers: Mapping[str, str],
     body: bytes | None = None,
+    *,
+    is_optional: bool = False,
 ) -> web.StreamResponse:
     """Send the request to ``url`` and its reply back.
 
     Args:   body: instead of the request's own, when that was read already.
             endpoint: what error messages call the upstream.
-    Raises: UpstreamUnreachable: before anything was said to the client.
+            is_optional: not every server has this path; say so clearly.
+    Raises: UnknownPath: this one has not.
+            UpstreamUnreachable: before anything was said to the client.
             ConnectionError: the client is gone.
     """
     without = (*_NOT_UP, "content-length") if body is not None else _NOT_UP
@@ -50,6 +54,11 @@ async def forward(
     async with upstream.open(
         url, headers, content, endpoint, method=request.method, unpack=False
     ) as reply:
+        if is_optional and reply.status in (404, 405, 501):
+            raise UnknownPath(
+                f"upstream {endpoint} does not serve {request.path}: it answered "
+                f"{reply.status}"
+            )
         down = end_to_end(reply.pairs, without=_NOT_DOWN)
         response = web.StreamResponse(status=reply.status, headers=down)
         response.headers.update(own_headers)

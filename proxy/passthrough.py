@@ -139,11 +139,14 @@ class PassThrough:
     ) -> bytes:
         """Return the bytes of the given events, keep those of an unfinished one."""
         if b"\r" in data:
+            # The parser has the beginning of the event; from now on it says the rest.
             self._is_reframed = True
+            self._tail = b""
         cut = 0
         if not self._is_reframed:
             self._tail += data
-            cut = self._tail.rfind(b"\n\n") + 2
+            cut = self._tail.rfind(b"\n\n") + 1
+            cut += cut > 0  # 0 if no event has ended
         fixed = [(event, fixer.fix(event.data)) for event in events]
         is_clean = all(event.data is text for event, text in fixed)
         if is_clean and not failed and not self._is_reframed:

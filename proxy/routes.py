@@ -35,7 +35,9 @@ def incoming(settings: Settings) -> dict[str, Incoming]:
         "/": tgi.Generate("/"),
         "/invocations": tgi.Generate("/invocations"),
         f"{_GATEWAY}/anthropic": gateway.GatewayRoute(
-            "anthropic", anthropic.Complete()
+            "anthropic",
+            # The gateway asks in the version of which this is so.
+            anthropic.Complete(cumulative=True),
         ),
         f"{_GATEWAY}/anthropic-messages": gateway.GatewayRoute(
             "anthropic", anthropic.Messages()
@@ -43,7 +45,7 @@ def incoming(settings: Settings) -> dict[str, Incoming]:
         f"{_GATEWAY}/openai": gateway.GatewayRoute("openai", chat),
         f"{_GATEWAY}/fireworks": gateway.GatewayRoute(
             "fireworks",
-            {"chat": chat, "code": completions},
+            {"chat_completions": chat, "code_completions": completions},
         ),
         f"{_GATEWAY}/google": gateway.GatewayRoute("google", gemini.GenerateContent()),
     }

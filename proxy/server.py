@@ -20,7 +20,7 @@ from proxy import __version__, pages, routes
 from proxy.auth import Access, credential
 from proxy.completion import CompletionRequest, Feature, Usage
 from proxy.config import Settings
-from proxy.dialects.adjust import decode_fields, encode_fields, raw
+from proxy.dialects.adjust import decode_fields, encode_fields, mend, raw, reduce
 from proxy.dialects.base import Head, Incoming, Reply, Writer
 from proxy.errors import (
     InvalidRequest,
@@ -37,7 +37,7 @@ from proxy.log import ExchangeLog
 from proxy.modelconfig.resolved import Endpoint, Model, Provider as ProviderSettings
 from proxy.outcome import Outcome
 from proxy.providers import PROVIDERS
-from proxy.providers.base import Call, pass_on
+from proxy.providers.base import Asked, Call, pass_on
 from proxy.redact import Redactor
 from proxy.relay import SERVER, Relay, own_headers
 from proxy.upstream import Upstream
@@ -135,7 +135,7 @@ class _Handling:
             head = self._head()
             self._check(head)
             body = await self._read_body()
-            completion, writer = self._incoming.parse(head, body)
+            completion, writer, body = self._parse(head, body)
             say = writer.error_reply
             return await self._complete(completion, writer, body)
         except ProxyError as error:
@@ -257,20 +257,49 @@ class _Handling:
             self._proxy.providers[settings.id],
             self._endpoint(settings),
         )
-        dialect = self._incoming.dialect
-        native = provider.native(dialect, completion, model, endpoint)
+        asked = Asked(self._incoming.dialect, self._path)
+        native = provider.native(asked, completion, model, endpoint)
         if native is None:
             return provider.call(completion, model, endpoint)
         completion.dropped = []
         return pass_on(
             native,
-            dialect,
+            asked.dialect,
             completion,
             model,
             body,
             profile=settings.server_profile,
             adjust=settings.adjust,
         )
+
+    def _parse(
+        self, head: Head, body: bytes
+    ) -> tuple[CompletionRequest, Writer, bytes]:
+        """Return also the body, which may have had to be mended."""
+        try:
+            return *self._incoming.parse(head, body), body
+        except InvalidRequest as error:
+            if (mended := mend(body)) is not None:
+                return *self._incoming.parse(head, mended), mended
+            # What cannot be translated can still be passed on, to an upstream that
+            # speaks the client's dialect and can say itself what is wrong with it.
+            if (reduced := reduce(body)) is None:
+                raise
+            completion, writer = self._incoming.parse(head, reduced)
+            if not self._is_native(completion):
+                raise error from None
+            return completion, writer, body
+
+    def _is_native(self, completion: CompletionRequest) -> bool:
+        proxy = self._proxy
+        model = proxy.models.choose(
+            completion.feature, completion.model, completion.fast
+        )
+        settings = proxy.models.providers[model.provider_id]
+        asked = Asked(self._incoming.dialect, self._path)
+        provider = proxy.providers[settings.id]
+        endpoint = settings.endpoints[0]
+        return provider.native(asked, completion, model, endpoint) is not None
 
     def _timeout_s(self, feature: Feature) -> float:
         text = self._request.headers.get("X-Timeout-Ms", "").strip()
@@ -375,6 +404,7 @@ class _Page(_Handling):
                 endpoint.name,
                 own_headers(self._outcome.id),
                 body,
+                is_optional=self._path in routes.FORWARDED,
             )
         except UpstreamUnreachable as error:
             if path == "/health":

@@ -6,15 +6,19 @@ fix-up has a name, which the client is told (``x-proxy-adjusted``) and the log k
 What needs no fix-up keeps its bytes.
 """
 
+import json
 import random
 from collections.abc import Callable
 from typing import TypeAlias
 
 import msgspec
 
+from proxy.dialects.fault import replace_surrogates
+
 Fields: TypeAlias = dict[str, msgspec.Raw]
 
 _decode_fields = msgspec.json.Decoder(Fields).decode
+_decode_any = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
 
 # --------------------------------------------------------------------------- requests
@@ -31,6 +35,56 @@ def encode_fields(fields: Fields) -> bytes:
 
 def raw(value: object) -> msgspec.Raw:
     return msgspec.Raw(_encode(value))
+
+
+def mend(body: bytes) -> bytes | None:
+    """Return a body without halves of an emoji and bytes that are not UTF-8.
+
+    None if that is not what is wrong with it. JavaScript cuts strings between the two
+    halves, and no strict decoder takes what is left.
+    """
+    try:
+        value = json.loads(body.decode("utf-8-sig", "replace"))
+        mended = _encode(replace_surrogates(value))
+        return mended if _decode_any(mended) and not _is_sound(body) else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_sound(body: bytes) -> bool:
+    try:
+        _decode_any(body)
+    except (msgspec.DecodeError, UnicodeError):
+        return False
+    return True
+
+
+class _Reduced(msgspec.Struct):
+    """The least that every dialect parses, with what decides where a request goes."""
+
+    model: str | None = None
+    stream: bool | None = None
+    messages: list[dict[str, str]] = msgspec.field(
+        default_factory=lambda: [{"role": "user", "content": "-"}]
+    )
+    prompt: str = "-"
+    inputs: str = "-"
+    max_tokens: int = 1
+
+
+def reduce(body: bytes) -> bytes | None:
+    """Return a body with only the model and the stream flag of this one.
+
+    None if it is no JSON object that has them in the usual types.
+    """
+    try:
+        fields = decode_fields(body)
+        chosen = {key: fields[key] for key in ("model", "stream") if key in fields}
+        given = msgspec.json.decode(_encode(chosen), type=_Reduced)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return None
+    whole = {name: getattr(given, name) for name in _Reduced.__struct_fields__}
+    return _encode({name: value for name, value in whole.items() if value is not None})
 
 
 def _value(fields: Fields, key: str) -> object:
@@ -125,6 +179,19 @@ def _null_content(fields: Fields) -> bool:
     return changed
 
 
+def _system_message(fields: Fields) -> bool:
+    """Cody Gateway's clients leave the system prompt among the messages."""
+    messages = _value(fields, "messages")
+    if not isinstance(messages, list) or "system" in fields or len(messages) < 2:
+        return False
+    first = messages[0]
+    if not isinstance(first, dict) or first.get("role") != "system":
+        return False
+    fields["system"] = raw(first.get("content", ""))
+    fields["messages"] = raw(messages[1:])
+    return True
+
+
 Fix: TypeAlias = tuple[str, Callable[[Fields], bool]]
 
 _TGI: tuple[Fix, ...] = (
@@ -151,7 +218,7 @@ REQUEST_FIXES: dict[str, tuple[Fix, ...]] = {
     "llamacpp": _NULLS,
     "ollama": _NULLS,
     "openai": (),
-    "anthropic": (),
+    "anthropic": (("system", _system_message),),
 }
 PROFILES = tuple(REQUEST_FIXES)
 

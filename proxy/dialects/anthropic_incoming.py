@@ -397,15 +397,22 @@ class Messages(_Incoming):
 
 
 class Complete(_Incoming):
-    """``/v1/complete``, the API before messages."""
+    """``/v1/complete``, the API before messages.
+
+    Args: cumulative: each event has the whole text so far, whatever version the client
+          names; else only for the version in which that was so.
+    """
 
     dialect = "anthropic-complete"
     _decode = msgspec.json.Decoder(_CompleteBody).decode
 
+    def __init__(self, *, cumulative: bool = False) -> None:
+        self._cumulative = cumulative
+
     def parse(self, head: Head, body: bytes) -> tuple[CompletionRequest, Writer]:
         request = _read(body, self._decode, _complete_request)
         version = head.headers.get("anthropic-version", "").strip()
-        cumulative = version == _CUMULATIVE_VERSION
+        cumulative = self._cumulative or version == _CUMULATIVE_VERSION
         return request, CompleteWriter(request.model, cumulative=cumulative)
 
 
@@ -686,7 +693,8 @@ class MessagesWriter(_Writer):
         cached = usage.cached_tokens
         fresh = max(usage.prompt_tokens - (cached or 0), 0)
         read = "" if cached is None else f'"cache_read_input_tokens":{cached},'
-        return f'{{"input_tokens":{fresh},{read}"output_tokens":{usage.completion_tokens}}}'
+        out = f'"output_tokens":{usage.completion_tokens}'
+        return f'{{"input_tokens":{fresh},{read}{out}}}'
 
 
 class _Whole(msgspec.Struct):

@@ -60,10 +60,6 @@ class GatewayRoute:
         inner:    its dialect, or one for each feature as the header calls it.
     """
 
-    # The gateway names the model that answers in a header of each success:
-    # ``x-cody-resolved-model: <provider>/<model>``.
-    resolved_model_header = True
-
     def __init__(self, provider: str, inner: Incoming | Mapping[str, Incoming]) -> None:
         self._id = provider
         self._provider = _PROVIDERS[provider]
@@ -71,13 +67,9 @@ class GatewayRoute:
             inner = dict.fromkeys(self._provider.features, inner)
         self._inner: Mapping[str, Incoming] = inner
         dialects = {each.dialect for each in inner.values()}
-        # "" if it depends on the feature: then only ``dialect_of`` can tell, and who
-        # does not ask it translates, which is never wrong.
+        # "" if it depends on the feature: then requests are translated, which is never
+        # wrong.
         self.dialect = dialects.pop() if len(dialects) == 1 else ""
-
-    def dialect_of(self, head: Head) -> str:
-        """The dialect of one request. Raises: InvalidRequest: like ``check``."""
-        return self._choose(head)[1].dialect
 
     def check_method(self, head: Head) -> None:
         if head.method != "POST":
@@ -113,8 +105,6 @@ class GatewayRoute:
 
 class GatewayWriter:
     """The vendor's own writer, but for what is said before a reply has begun."""
-
-    resolved_model_header = True
 
     def __init__(self, provider: str, inner: Writer) -> None:
         self._provider = provider

@@ -31,6 +31,7 @@ from proxy.completion import (
 from proxy.dialects.base import (
     EVENT_STREAM,
     JSON,
+    RETRY_AFTER_S,
     Head,
     Reply,
     Writer,
@@ -510,6 +511,7 @@ def _code(error: ProxyError) -> int:
 
 
 def _error_reply(error: ProxyError) -> Reply:
-    said = _error(error)
-    body = _dumps(said).encode("ascii")
-    return Reply(_code(error), JSON, body, error_headers(error))
+    code, headers = _code(error), error_headers(error)
+    if code == 429:  # Anthropic's 529, too
+        headers.setdefault("retry-after", str(RETRY_AFTER_S))
+    return Reply(code, JSON, _dumps(_error(error)).encode("ascii"), headers)

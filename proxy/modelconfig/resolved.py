@@ -179,6 +179,8 @@ class _Index:
         # OpenAI-style clients tend to ask for what the upstream calls the model.
         upstream = [(model.api_model or model.name, model) for model in models]
         upstream += [(model.name, model) for model in models]
+        # Cody Gateway's clients put the provider in front of it.
+        upstream += [(f"{model.provider_id}/{model.name}", model) for model in models]
         self._exact = _first(names)
         self._folded = _first(_folded(names))
         self._upstream = _first([*upstream, *_folded(upstream)])

@@ -7,7 +7,14 @@ from proxy.dialects.anthropic import (
     build_messages,
 )
 from proxy.modelconfig.resolved import Endpoint, Model, Provider as Settings
-from proxy.providers.base import Call, Native, headers_for, own_credentials, prepare
+from proxy.providers.base import (
+    Asked,
+    Call,
+    Native,
+    headers_for,
+    own_credentials,
+    prepare,
+)
 
 API_HEADERS = {"anthropic-version": "2023-06-01"}
 
@@ -32,9 +39,9 @@ class AnthropicProvider:
         )
 
     def native(
-        self, dialect: str, request: CompletionRequest, model: Model, endpoint: Endpoint
+        self, asked: Asked, request: CompletionRequest, model: Model, endpoint: Endpoint
     ) -> Native | None:
-        if dialect != "anthropic":
+        if asked.dialect != "anthropic":
             return None
         credentials = {"X-API-Key": endpoint.access_token}
         headers = headers_for(request, endpoint, credentials, API_HEADERS)

@@ -44,6 +44,13 @@ class Call(msgspec.Struct):
     adjusted: list[str] = []
 
 
+class Asked(msgspec.Struct, frozen=True):
+    """How the client asked: in which wire format, and at which path."""
+
+    dialect: str
+    path: str
+
+
 class Native(msgspec.Struct):
     """An upstream that speaks the client's dialect.
 
@@ -68,7 +75,7 @@ class Provider(Protocol):
         ...
 
     def native(
-        self, dialect: str, request: CompletionRequest, model: Model, endpoint: Endpoint
+        self, asked: Asked, request: CompletionRequest, model: Model, endpoint: Endpoint
     ) -> Native | None:
         """Where this upstream speaks the client's own dialect; None if it does not."""
         ...

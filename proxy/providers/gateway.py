@@ -13,6 +13,7 @@ from proxy.errors import InvalidRequest
 from proxy.modelconfig.resolved import Endpoint, Model, Provider as Settings
 from proxy.providers.anthropic import API_HEADERS, for_anthropic
 from proxy.providers.base import (
+    Asked,
     Call,
     Native,
     bearer,
@@ -97,7 +98,7 @@ class GatewayProvider:
         )
 
     def native(
-        self, dialect: str, request: CompletionRequest, model: Model, endpoint: Endpoint
+        self, asked: Asked, request: CompletionRequest, model: Model, endpoint: Endpoint
     ) -> Native | None:
         # The gateway's bodies differ a little from each dialect's own.
         return None

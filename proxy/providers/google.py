@@ -6,6 +6,7 @@ from proxy.completion import CompletionRequest
 from proxy.dialects.gemini import GeminiReader, build_generate
 from proxy.modelconfig.resolved import Endpoint, Model, Provider as Settings
 from proxy.providers.base import (
+    Asked,
     Call,
     Native,
     headers_for,
@@ -36,7 +37,7 @@ class GoogleProvider:
         )
 
     def native(
-        self, dialect: str, request: CompletionRequest, model: Model, endpoint: Endpoint
+        self, asked: Asked, request: CompletionRequest, model: Model, endpoint: Endpoint
     ) -> Native | None:
         # A client's body names the model and the stream, which the API refuses.
         return None

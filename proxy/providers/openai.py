@@ -12,6 +12,7 @@ from proxy.dialects.openai import (
 from proxy.dialects.tgi import TGIReader
 from proxy.modelconfig.resolved import Endpoint, Model, Provider as Settings
 from proxy.providers.base import (
+    Asked,
     Call,
     Native,
     bearer,
@@ -80,15 +81,15 @@ class OpenAICompatibleProvider:
         )
 
     def native(
-        self, dialect: str, request: CompletionRequest, model: Model, endpoint: Endpoint
+        self, asked: Asked, request: CompletionRequest, model: Model, endpoint: Endpoint
     ) -> Native | None:
         headers = headers_for(request, endpoint, bearer(endpoint))
-        if dialect in PATHS:
-            url = join_url(endpoint.url, PATHS[dialect], token_query(endpoint))
+        if asked.dialect in PATHS:
+            url = join_url(endpoint.url, PATHS[asked.dialect], token_query(endpoint))
             name = model.api_model or (TGI_MODEL if self._is_tgi else model.name)
             return Native(url, headers, OpenAIReader(), name)
-        if dialect == "tgi" and self._is_tgi:
-            path = "generate_stream" if request.stream else "generate"
+        if asked.dialect == "tgi" and self._is_tgi:
+            path = asked.path.lstrip("/")
             url = join_url(self.root(endpoint), path, token_query(endpoint))
             return Native(url, headers, TGIReader())
         return None
@@ -125,11 +126,11 @@ class OpenAIProvider:
         )
 
     def native(
-        self, dialect: str, request: CompletionRequest, model: Model, endpoint: Endpoint
+        self, asked: Asked, request: CompletionRequest, model: Model, endpoint: Endpoint
     ) -> Native | None:
-        if dialect not in PATHS:
+        if asked.dialect not in PATHS:
             return None
-        url = self.url(endpoint.url or self.default_url, dialect == "openai-chat")
+        url = self.url(endpoint.url or self.default_url, asked.dialect == "openai-chat")
         headers = headers_for(request, endpoint, bearer(endpoint))
         return Native(url, headers, OpenAIReader(), model.api_model or model.name)
 
@@ -186,12 +187,12 @@ class AzureProvider:
         )
 
     def native(
-        self, dialect: str, request: CompletionRequest, model: Model, endpoint: Endpoint
+        self, asked: Asked, request: CompletionRequest, model: Model, endpoint: Endpoint
     ) -> Native | None:
-        if dialect not in PATHS:
+        if asked.dialect not in PATHS:
             return None
         name = model.api_model or model.name
-        url = self._url(endpoint, name, PATHS[dialect])
+        url = self._url(endpoint, name, PATHS[asked.dialect])
         headers = headers_for(request, endpoint, self._credentials(endpoint))
         return Native(url, headers, OpenAIReader())
 

@@ -1,0 +1,566 @@
+"""Drop-in clients over real sockets: what passes, what is translated, who is let in."""
+
+import asyncio
+import hashlib
+import itertools
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from tests.support.client import RawReply, connect, request, stream
+from tests.support.fixtures import Block, Starter, load, model_configuration, running
+from tests.support.upstream import (
+    Hang,
+    ScriptedUpstream,
+    Wait,
+    anthropic_events,
+    chunk,
+    data,
+    json_reply,
+    openai_chunk,
+    openai_chunks,
+    reply,
+    sse,
+    sse_head,
+    tgi_chat_chunks,
+    tgi_generate_events,
+)
+
+CHAT = "/v1/chat/completions"
+ASK: Block = {"model": "large-1", "messages": [{"role": "user", "content": "hi"}]}
+ANSWER = sse(*openai_chunks(["Hello", " wörld"], usage=(3, 4)))
+TOKEN = "cp_0123456789"
+AUTH = {
+    "tokens": [{"name": "ann", "sha256": hashlib.sha256(TOKEN.encode()).hexdigest()}]
+}
+
+
+async def post(url: str, path: str, body: object, **headers: str) -> RawReply:
+    return await request(url, path=path, body=body, headers=headers)
+
+
+# ------------------------------------------------------------------------ pass-through
+
+
+@pytest.mark.parametrize("path", [CHAT, "/.api/llm/chat/completions"])
+async def test_same_dialect_keeps_the_bytes(start: Starter, upstream, path):
+    events = openai_chunks(["Hello", " wörld"], usage=(3, 4))
+    upstream.script(sse(*events))
+    proxy = await start(model_configuration(upstream.url))
+    body = (
+        b'{"model":"large-1", "messages":[{"role":"user","content":"hi"}],'
+        b'"temperature":0.10,"stream":true,"vendor_field":{"x":[1,2.50]}}'
+    )
+    raw = await post(proxy.url, path, body)
+    assert raw.body == b"".join(events)
+    assert raw.header("content-type") == "text/event-stream"
+    assert raw.header("x-proxy-adjusted") is None
+    assert upstream.last.body == body
+    outcome = proxy.outcomes[-1]
+    assert (outcome["kind"], outcome["completion_tokens"]) == ("ok", 4)
+
+
+async def test_only_what_must_change_changes(start: Starter, upstream):
+    upstream.script(sse(*tgi_chat_chunks(["a"])))
+    proxy = await start(model_configuration(upstream.url, "huggingface-tgi"))
+    body = (
+        b'{"model":"acme::v1::large","messages":[{"role":"user","content":"\\u00e9"}],'
+        b'"temperature":0.10,"top_p":1.0,"seed":12345678901234567890,"stream":true}'
+    )
+    raw = await post(proxy.url, CHAT, body)
+    assert upstream.last.body == (
+        b'{"model":"tgi","messages":[{"role":"user","content":"\\u00e9"}],'
+        b'"temperature":0.10,"seed":12345678901234567890,"stream":true}'
+    )
+    assert raw.header("x-proxy-adjusted") == "request.top_p, reply.id"
+    assert proxy.outcomes[-1]["adjusted"] == ["request.top_p", "reply.id"]
+
+
+async def test_a_reply_in_one_piece_keeps_its_bytes(start: Starter, upstream):
+    text = b'{"id": "x",\n "choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}]}'
+    upstream.script(reply(200, {"Content-Type": "application/json"}, text))
+    proxy = await start(model_configuration(upstream.url))
+    raw = await post(proxy.url, CHAT, ASK)
+    assert raw.body == text
+
+
+OFF = {"providers": {"acme": {"adjust": False}}}
+bodies = st.dictionaries(
+    st.sampled_from(["temperature", "stop", "x-y", "n", "logprobs", "top_p"]),
+    st.sampled_from(['"x"', "1", "1.0", "0.10", "null", '[1, "é"]', '{"a": {}}']),
+    max_size=4,
+)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    fields=bodies,
+    stream_bytes=st.binary(min_size=1, max_size=200),
+    cuts=st.lists(st.integers(1, 199), max_size=5),
+    status=st.sampled_from([200, 200, 400, 503]),
+)
+def test_bytes_are_bytes_with_adjust_off(fields, stream_bytes, cuts, status):
+    pairs = "".join(f', "{name}" : {value}' for name, value in fields.items())
+    asked = f'{{"model": "large-1", "messages": [], "stream": true{pairs}}}'.encode()
+
+    async def check() -> None:
+        edges = [
+            0,
+            *sorted({c for c in cuts if c < len(stream_bytes)}),
+            len(stream_bytes),
+        ]
+        pieces = [stream_bytes[a:b] for a, b in itertools.pairwise(edges)]
+        async with ScriptedUpstream() as upstream:
+            head = (
+                f"HTTP/1.1 {status} X\r\nContent-Type: text/event-stream\r\n"
+                "Transfer-Encoding: chunked\r\n\r\n"
+            ).encode()
+            upstream.script([head, *map(chunk, pieces), b"0\r\n\r\n"])
+            block = model_configuration(upstream.url)
+            async with running(load({"modelConfiguration": block, **OFF})) as proxy:
+                raw = await request(
+                    proxy.url, path=CHAT, body=asked, allow_truncated=True
+                )
+                assert raw.status == status
+                assert raw.body == stream_bytes
+                assert upstream.last.body == asked
+
+    asyncio.run(check())
+
+
+async def test_a_cut_stream_is_cut_with_adjust_off(start: Starter, upstream):
+    upstream.script(sse(*openai_chunks(["a"])[:2]))
+    proxy = await start(model_configuration(upstream.url), **OFF)
+    raw = await request(
+        proxy.url, path=CHAT, body=ASK | {"stream": True}, allow_truncated=True
+    )
+    assert raw.body == b"".join(openai_chunks(["a"])[:2])
+    assert proxy.outcomes[-1]["kind"] == "upstream_truncated"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"n": 2},
+        {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+        {"messages": [{"role": "critic", "content": "hm"}]},
+        {"tools": [{"type": "custom", "custom": {"name": "x"}}]},
+        {"temperature": "hot"},
+    ],
+)
+async def test_what_cannot_be_translated_still_passes(start: Starter, upstream, more):
+    upstream.script(ANSWER)
+    proxy = await start(model_configuration(upstream.url))
+    raw = await post(proxy.url, CHAT, ASK | {"stream": True} | more)
+    assert raw.status == 200
+    assert upstream.last.json() == ASK | {"stream": True} | more
+    block = model_configuration(upstream.url, "anthropic", accessToken="t")
+    raw = await post((await start(block)).url, CHAT, ASK | more)
+    assert raw.status == 400 and raw.json()["error"]["message"]
+    assert len(upstream.requests) == 1
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
+async def test_half_an_emoji_costs_only_itself(start: Starter, upstream, path):
+    upstream.script(ANSWER)
+    proxy = await start(model_configuration(upstream.url))
+    body = (
+        b'{"model":"large-1","stream":true,"max_tokens":5,'
+        b'"messages":[{"role":"user","content":"cut \\ud83d"}]}'
+    )
+    assert (await post(proxy.url, path, body)).status == 200
+    assert upstream.last.json()["messages"][0]["content"] == "cut \ufffd"
+
+
+# ------------------------------------------------------------------------- translation
+
+
+async def test_openai_client_of_an_anthropic_model(start: Starter, upstream):
+    upstream.script(sse(*anthropic_events(["Hello", " wörld"], usage=(3, 4))))
+    block = model_configuration(
+        upstream.url, "anthropic", endpoint=f"{upstream.url}/v1/messages"
+    )
+    proxy = await start(block)
+    asked = ASK | {
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "logprobs": True,
+    }
+    raw = await post(proxy.url, CHAT, asked)
+    values = [
+        json.loads(line[6:])
+        for line in raw.text.split("\n")
+        if line.startswith("data: {")
+    ]
+    text = "".join(
+        v["choices"][0]["delta"].get("content") or "" for v in values if v["choices"]
+    )
+    assert text == "Hello wörld"
+    assert values[-1]["usage"]["completion_tokens"] == 4
+    assert raw.text.endswith("data: [DONE]\n\n")
+    assert raw.header("x-proxy-adjusted") == "request.logprobs"
+    assert upstream.last.json()["max_tokens"] == 5000
+
+
+async def test_anthropic_client_of_an_anthropic_model(start: Starter, upstream):
+    events = anthropic_events(["Hello"])
+    upstream.script(sse(*events))
+    block = model_configuration(
+        upstream.url, "anthropic", endpoint=f"{upstream.url}/v1/messages"
+    )
+    proxy = await start(block)
+    asked = {
+        "model": "large",
+        "max_tokens": 5,
+        "stream": True,
+        "messages": ASK["messages"],
+    }
+    raw = await post(proxy.url, "/v1/messages", asked)
+    assert raw.body == b"".join(events)
+    assert upstream.last.json() == asked | {"model": "large-1"}
+    assert upstream.last.header("anthropic-version") == "2023-06-01"
+
+
+@pytest.mark.parametrize(
+    ("path", "there", "whole"),
+    [
+        ("/generate", "/generate", False),
+        ("/generate_stream", "/generate_stream", True),
+        ("/", "/", False),
+        ("/invocations", "/invocations", False),
+    ],
+)
+async def test_tgi_client_of_tgi(start: Starter, upstream, path, there, whole):
+    events = tgi_generate_events(["Hello", " wörld"])
+    upstream.script(sse(*events) if whole else json_reply([{"generated_text": "x"}]))
+    proxy = await start(model_configuration(upstream.url, "huggingface-tgi"))
+    asked = {"inputs": "hi", "parameters": {"max_new_tokens": 5, "top_p": None}}
+    raw = await post(proxy.url, path, asked)
+    assert raw.body == (b"".join(events) if whole else b'[{"generated_text":"x"}]')
+    assert upstream.last.path == there
+    assert upstream.last.json() == asked
+
+
+async def test_tgi_client_of_another_server(start: Starter, upstream):
+    upstream.script(
+        json_reply({"choices": [{"text": "Hello", "finish_reason": "stop"}]})
+    )
+    proxy = await start(model_configuration(upstream.url))
+    raw = await post(proxy.url, "/", {"inputs": "hi", "parameters": {}})
+    assert raw.json()[0]["generated_text"] == "Hello"
+    assert upstream.last.path == "/v1/completions"
+    assert upstream.last.json()["prompt"] == "hi"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "feature"),
+    [
+        ("anthropic-messages", ASK | {"max_tokens": 5}, "chat_completions"),
+        ("openai", ASK, "chat_completions"),
+        ("fireworks", ASK, "chat_completions"),
+        ("fireworks", {"model": "large-1", "prompt": "hi"}, "code_completions"),
+        (
+            "google",
+            {
+                "model": "large-1",
+                "contents": [{"role": "user", "parts": [{"text": "hi"}]}],
+            },
+            "chat_completions",
+        ),
+        (
+            "anthropic",
+            {
+                "model": "acme/large-1",
+                "prompt": "\n\nHuman: hi\n\nAssistant:",
+                "max_tokens_to_sample": 5,
+            },
+            "chat_completions",
+        ),
+    ],
+)
+async def test_gateway_clients(start: Starter, upstream, path, body, feature):
+    choice = {"message": {"content": "Hello"}, "text": "Hello", "finish_reason": "stop"}
+    upstream.script(json_reply({"id": "x", "choices": [choice]}))
+    proxy = await start(model_configuration(upstream.url), auth=AUTH)
+    headers = {"Authorization": f"Bearer {TOKEN}", "X-Sourcegraph-Feature": feature}
+    raw = await post(proxy.url, f"/v1/completions/{path}", body, **headers)
+    assert raw.status == 200 and "Hello" in raw.text
+    assert raw.header("x-cody-resolved-model") == "acme/large-1"
+
+
+async def test_gateway_turns_429_into_503(start: Starter, upstream):
+    upstream.script(reply(429, {"retry-after": "9"}, b"slow"))
+    proxy = await start(model_configuration(upstream.url))
+    headers = {"X-Sourcegraph-Feature": "chat_completions"}
+    raw = await post(proxy.url, "/v1/completions/openai", ASK, **headers)
+    assert (raw.status, raw.header("retry-after")) == (503, "9")
+    assert "error" in raw.json()
+
+
+async def test_gateway_wants_a_feature(start: Starter, upstream):
+    proxy = await start(model_configuration(upstream.url))
+    raw = await post(proxy.url, "/v1/completions/openai", ASK)
+    assert (raw.status, raw.json()) == (
+        400,
+        {"error": "X-Sourcegraph-Feature header is required"},
+    )
+
+
+# -------------------------------------------------------------------------- credentials
+
+
+async def test_anthropic_clients_may_say_their_token_in_their_own_header(
+    start: Starter, upstream
+):
+    upstream.script(ANSWER)
+    proxy = await start(model_configuration(upstream.url), auth=AUTH)
+    asked = ASK | {"max_tokens": 5}
+    assert (await post(proxy.url, "/v1/messages", asked)).status == 401
+    key = {"x-api-key": TOKEN}
+    assert (await post(proxy.url, "/v1/messages", asked, **key)).status == 200
+    assert upstream.last.header("x-api-key") is None
+
+
+CLIENTS = {"providers": {"acme": {"credentials": "client"}}}
+
+
+async def test_the_client_s_credential_is_forwarded_and_admits_it(
+    start: Starter, upstream
+):
+    upstream.script(ANSWER)
+    endpoints = [{"url": f"{upstream.url}/v1", "accessToken": "sk-configured"}]
+    block = model_configuration(upstream.url, endpoints=endpoints)
+    proxy = await start(block, auth=AUTH, **CLIENTS)
+    asked = ASK | {"stream": True}
+    raw = await post(proxy.url, CHAT, asked, Authorization="Bearer sk-mine")
+    assert raw.status == 200
+    assert upstream.last.header("authorization") == "Bearer sk-mine"
+    raw = await post(proxy.url, CHAT, asked)
+    assert raw.status == 401
+    assert raw.json()["error"]["message"] == (
+        "this model is asked with your own API key: send one"
+    )
+    assert len(upstream.requests) == 1
+
+
+@pytest.mark.parametrize(("own", "status"), [(CLIENTS, 401), ({}, 502)])
+async def test_401_is_the_client_s_only_if_the_credential_was(
+    start: Starter, upstream, own, status
+):
+    upstream.script(json_reply({"error": {"message": "bad key"}}, 401))
+    proxy = await start(model_configuration(upstream.url), **own)
+    raw = await post(proxy.url, CHAT, ASK, Authorization="Bearer sk-mine")
+    assert raw.status == status
+    assert raw.json()["error"]["message"] == "bad key"
+
+
+# ------------------------------------------------------------------- lists and handing on
+
+
+async def test_model_lists(start: Starter, upstream):
+    proxy = await start(model_configuration(upstream.url))
+    raw = await request(proxy.url, "GET", "/v1/models")
+    assert raw.json() == {
+        "object": "list",
+        "data": [{"id": "large", "object": "model", "created": 0, "owned_by": "acme"}],
+    }
+    raw = await request(proxy.url, "GET", "//.api/llm/models/acme::v1::large")
+    assert raw.json()["id"] == "acme::v1::large"
+    raw = await request(proxy.url, "GET", "/v1/models/none")
+    assert raw.status == 404
+    assert raw.json()["error"]["message"] == "The model 'none' does not exist"
+    headers = {"anthropic-version": "2023-06-01"}
+    raw = await request(proxy.url, "GET", "/v1/models", headers=headers)
+    assert raw.json()["data"][0]["type"] == "model"
+    assert upstream.requests == []
+
+
+async def test_model_lists_of_the_upstreams(start: Starter, upstream):
+    models = {"data": [{"id": "large"}, {"id": "other"}], "object": "list"}
+    upstream.script(json_reply(models))
+    proxy = await start(model_configuration(upstream.url), listUpstreamModels=True)
+    raw = await request(proxy.url, "GET", "/v1/models")
+    assert [model["id"] for model in raw.json()["data"]] == ["large", "other"]
+    upstream.script(reply(500))
+    await request(proxy.url, "GET", "/v1/models")
+    raw = await request(proxy.url, "GET", "/v1/models")
+    assert [model["id"] for model in raw.json()["data"]] == ["large"]
+
+
+async def test_embeddings_go_to_the_model_s_server(start: Starter, upstream):
+    upstream.script(json_reply({"data": [{"embedding": [0.10]}]}))
+    proxy = await start(model_configuration(upstream.url))
+    body = b'{"model":"acme/large","input":["x"],"dimensions":1.0}'
+    raw = await post(proxy.url, "/v1/embeddings", body)
+    assert raw.json()["data"] == [{"embedding": [0.1]}]
+    assert upstream.last.path == "/v1/embeddings"
+    assert upstream.last.body == (b'{"model":"large-1","input":["x"],"dimensions":1.0}')
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages/count_tokens"])
+async def test_what_an_upstream_has_not_is_a_clear_error(
+    start: Starter, upstream, path
+):
+    upstream.script(reply(404, {}, b"Not Found"))
+    proxy = await start(model_configuration(upstream.url))
+    raw = await post(proxy.url, path, {"model": "large"})
+    assert raw.status == 404
+    text = f"upstream {upstream.url[7:]} does not serve {path}: it answered 404"
+    assert text in raw.json()["error"]["message"]
+
+
+async def test_unknown_paths_are_handed_on_only_if_asked_for(start: Starter, upstream):
+    upstream.script(reply(200, {"X-Up": "1"}, b"there"))
+    proxy = await start(model_configuration(upstream.url))
+    assert (await request(proxy.url, "GET", "/v1/rerank")).status == 404
+    assert upstream.requests == []
+    proxy = await start(model_configuration(upstream.url), passthrough=True)
+    raw = await request(proxy.url, "GET", "/v1/rerank?a=%2F&b")
+    assert (raw.status, raw.body, raw.header("x-up")) == (200, b"there", "1")
+    assert upstream.last.path == "/v1/rerank?a=%2F&b"
+    for own in ("/.api/graphql", "/.api/../v1/x", "/.api%2Fx"):
+        raw = await request(proxy.url, "GET", own)
+        assert raw.status == 404, own
+    assert len(upstream.requests) == 1
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD"])
+async def test_any_method_is_handed_on(start: Starter, upstream, method):
+    upstream.script(reply(201, {"Content-Length": "0"}))
+    proxy = await start(model_configuration(upstream.url), passthrough=True)
+    body = None if method in ("GET", "HEAD") else b"body"
+    raw = await request(proxy.url, method, "/x", body=body)
+    assert raw.status == 201
+    assert (upstream.last.method, upstream.last.body) == (method, body or b"")
+
+
+async def test_headers_of_the_hop_stay_on_the_hop(start: Starter, upstream):
+    upstream.script(
+        reply(
+            200,
+            {
+                "Connection": "close, X-Private",
+                "X-Private": "1",
+                "Keep-Alive": "timeout=5",
+                "Set-Cookie": "a=b",
+                "Server": "gpu",
+                "X-Kept": "yes",
+            },
+            b"ok",
+        )
+    )
+    endpoints = [{"url": f"{upstream.url}/v1", "accessToken": "sk-configured"}]
+    block = model_configuration(upstream.url, endpoints=endpoints)
+    proxy = await start(block, passthrough=True)
+    sent = {
+        "Connection": "keep-alive, X-Hop",
+        "X-Hop": "1",
+        "TE": "trailers",
+        "Proxy-Authorization": "x",
+        "Cookie": "c=d",
+        "Authorization": "Bearer mine",
+        "Host": "evil.example",
+        "X-Kept": "yes",
+    }
+    raw = await request(proxy.url, "GET", "/x", headers=sent)
+    received = {name.lower(): value for name, value in upstream.last.headers}
+    assert received["authorization"] == "Bearer sk-configured"
+    assert received["host"] == upstream.url.removeprefix("http://")
+    assert received["x-kept"] == "yes"
+    for name in ("x-hop", "te", "proxy-authorization", "cookie"):
+        assert name not in received, name
+    names = {name.lower() for name, _ in raw.headers}
+    assert not names & {"x-private", "set-cookie", "keep-alive"}
+    assert raw.header("x-kept") == "yes"
+    assert (raw.header("server") or "").startswith("completions-proxy/")
+
+
+async def test_no_client_chooses_the_host(start: Starter, upstream):
+    upstream.script(reply(200, {}, b"ours"))
+    async with ScriptedUpstream() as other:
+        other.script(reply(200, {}, b"theirs"))
+        proxy = await start(model_configuration(upstream.url), passthrough=True)
+        raw = await request(proxy.url, "GET", f"{other.url}/x")
+        assert raw.status in (200, 400, 404) and raw.body != b"theirs"
+        for path in ("//127.0.0.1:1/x", "/@127.0.0.1:1/x", "/\\127.0.0.1/x"):
+            raw = await request(proxy.url, "GET", path)
+            assert raw.body != b"theirs"
+        assert other.requests == []
+
+
+async def test_bodies_stream_both_ways(start: Starter, upstream):
+    """The reply begins before the request's body has ended."""
+    seen = asyncio.Event()
+    upstream.script(
+        [sse_head(), chunk(b"one"), Wait(seen), chunk(b"two"), b"0\r\n\r\n"]
+    )
+    proxy = await start(model_configuration(upstream.url), passthrough=True)
+    async with stream(
+        proxy.url, path="/x", body=b"x" * 100_000, chunked=True
+    ) as incoming:
+        assert await incoming.read() == b"one"
+        seen.set()
+        assert await incoming.rest() == b"two"
+    assert upstream.last.chunked and len(upstream.last.body) == 100_000
+
+
+async def test_a_client_that_leaves_ends_what_is_handed_on(start: Starter, upstream):
+    upstream.script([sse_head(), chunk(b"one"), Hang()])
+    proxy = await start(model_configuration(upstream.url), passthrough=True)
+    async with stream(proxy.url, path="/x", body=b"x") as incoming:
+        assert await incoming.read() == b"one"
+    await upstream.closed(within_s=0.5)
+
+
+async def test_health_is_the_upstream_s(start: Starter, upstream):
+    upstream.script(reply(200), path="/health")
+    proxy = await start(model_configuration(upstream.url, "huggingface-tgi"))
+    for path in ("/health", "/"):
+        assert (await request(proxy.url, "GET", path)).status == 200
+    await upstream.stop()
+    raw = await request(proxy.url, "GET", "/health")
+    assert raw.status == 503
+    assert "connection" in raw.json()["error"]
+
+
+async def test_info_of_a_server_that_is_not_tgi(start: Starter, upstream):
+    proxy = await start(model_configuration(upstream.url))
+    raw = await request(proxy.url, "GET", "/info")
+    assert raw.json()["model_id"] == "large-1"
+
+
+async def test_errors_before_parsing_are_in_the_client_s_shape(
+    start: Starter, upstream
+):
+    proxy = await start(model_configuration(upstream.url), auth=AUTH)
+    raw = await post(proxy.url, CHAT, ASK)
+    assert (raw.status, raw.json()["error"]["type"]) == (401, "authentication_error")
+    raw = await post(proxy.url, "/v1/messages", ASK)
+    assert raw.json()["error"]["type"] == "authentication_error"
+    raw = await post(proxy.url, "/generate", {"inputs": "x"})
+    assert raw.status == 401 and "error_type" in raw.json()
+    raw = await request(proxy.url, "GET", CHAT)
+    assert raw.status == 405 and raw.json()["error"]
+
+
+async def test_pipelined_requests_get_their_own_replies(start: Starter, upstream):
+    upstream.script(json_reply({"choices": [{"message": {"content": "1"}}]}))
+    upstream.script(json_reply({"choices": [{"message": {"content": "2"}}]}))
+    proxy = await start(model_configuration(upstream.url))
+    body = json.dumps(ASK).encode()
+    one = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode() + body
+    async with connect(proxy.url) as connection:
+        await connection.send(one + one)
+        texts = [
+            (await connection.reply()).json()["choices"][0]["message"]["content"]
+            for _ in "12"
+        ]
+    assert texts == ["1", "2"]
+
+
+def test_chunk_helpers_speak_openai():
+    assert data({"a": 1}).startswith(b"data: ")
+    assert openai_chunk(None, usage={}).count(b"choices") == 1
