@@ -19,6 +19,7 @@ ProxyError
         EventTooLarge      one event of its stream exceeds the limit
         UpstreamUnreachable  no connection, or none that lasted until a reply
         DeadlineExceeded   it did not answer in the time the request had
+    ShuttingDown           the proxy ends before the reply does
     ConfigError            the configuration cannot be used; lists every problem
 
 Anything else that escapes is a bug: the client gets a 500, the log a traceback.
@@ -197,6 +198,16 @@ class UpstreamUnreachable(UpstreamFault):
 class DeadlineExceeded(UpstreamFault):
     status = 504
     kind = "deadline_exceeded"
+
+
+class ShuttingDown(ProxyError):
+    """The proxy is about to end, and the request had the time that it allows."""
+
+    status = 503
+    kind = "shutting_down"
+
+    def __init__(self) -> None:
+        super().__init__("the proxy is shutting down")
 
 
 class ConfigError(ProxyError):

@@ -21,6 +21,7 @@ from proxy.errors import (
     ClientFault,
     DeadlineExceeded,
     ProxyError,
+    ShuttingDown,
     UpstreamFault,
     UpstreamStatus,
 )
@@ -95,6 +96,14 @@ class Relay:
         self._reply_headers = reply_headers
         self._status = 200
         self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[object] | None = None
+        self._is_interrupted = False
+
+    def interrupt(self) -> None:
+        """End the reply now, with an error that the client understands."""
+        if self._task is not None:
+            self._is_interrupted = True
+            self._task.cancel()
 
     async def run(
         self, upstream: Upstream, started_s: float, timeout_s: float
@@ -105,6 +114,7 @@ class Relay:
                 ConnectionError: the client is gone.
         """
         self._started_s = started_s
+        self._task = asyncio.current_task()
         deadline_s = started_s + timeout_s
         try:
             try:
@@ -119,6 +129,12 @@ class Relay:
             await self._fail(fault)
         except (ConnectionError, ClientFault):
             raise
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._is_interrupted or task is None:
+                raise
+            task.uncancel()
+            await self._fail(ShuttingDown())
         except Exception:
             # A bug: what was begun must still be ended as the client expects.
             if self.response is None:

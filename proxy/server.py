@@ -10,7 +10,7 @@ import logging
 import os
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import aiohttp
 from aiohttp import web
@@ -39,7 +39,7 @@ from proxy.outcome import Outcome
 from proxy.providers import PROVIDERS
 from proxy.providers.base import Asked, Call, pass_on
 from proxy.redact import Redactor
-from proxy.relay import SERVER, Relay, own_headers
+from proxy.relay import LAST_WRITE_S, SERVER, Relay, own_headers
 from proxy.upstream import Upstream
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,22 @@ class Proxy:
             provider.client_credentials
             for provider in settings.models.providers.values()
         )
+        self.relays: set[Relay] = set()  # those that are running
+        self.is_idle = asyncio.Event()
+        self.is_idle.set()
         self._incoming = routes.incoming(settings)
+
+    @contextlib.contextmanager
+    def busy(self, relay: Relay) -> Iterator[None]:
+        """Count a relay among the running ones."""
+        self.relays.add(relay)
+        self.is_idle.clear()
+        try:
+            yield
+        finally:
+            self.relays.discard(relay)
+            if not self.relays:
+                self.is_idle.set()
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request, whatever happens, and write its log line."""
@@ -241,7 +256,8 @@ class _Handling:
         )
         timeout_s = self._timeout_s(completion.feature)
         try:
-            return await relay.run(proxy.upstream, self._started_s, timeout_s)
+            with proxy.busy(relay):
+                return await relay.run(proxy.upstream, self._started_s, timeout_s)
         finally:
             self._count(call.reader.usage)
 
@@ -472,7 +488,7 @@ class Listener:
     """The low-level server on its sockets.
 
     ``start`` takes all addresses or none; ``stop`` lets open replies go on for
-    ``grace_s`` and then closes them.
+    ``grace_s`` and then ends each with an error in its dialect.
     """
 
     def __init__(self, proxy: Proxy, grace_s: float = 10.0) -> None:
@@ -485,9 +501,10 @@ class Listener:
             logger=_http_logger,
             access_log=None,
         )
-        self._runner = web.ServerRunner(
-            server, shutdown_timeout=grace_s, access_log=None
-        )
+        self._grace_s = grace_s
+        # aiohttp takes 0 for "as long as it takes".
+        self._runner = web.ServerRunner(server, shutdown_timeout=0.001, access_log=None)
+        self._loop = asyncio.get_running_loop()
 
     def _request(self, message, payload, protocol, writer, task):  # type: ignore[no-untyped-def]  # aiohttp gives the factory's arguments no public types
         return web.BaseRequest(
@@ -506,7 +523,6 @@ class Listener:
 
         Raises: OSError: one of them cannot be had.
         """
-        self._loop = asyncio.get_running_loop()
         await self._runner.setup()
         for host, port in self._proxy.settings.listen:
             try:
@@ -520,4 +536,15 @@ class Listener:
         return [address[:2] for address in self._runner.addresses]
 
     async def stop(self) -> None:
+        for site in list(self._runner.sites):
+            await site.stop()
+        await self._drain(self._grace_s)
+        for relay in list(self._proxy.relays):
+            relay.interrupt()
+        await self._drain(LAST_WRITE_S)
         await self._runner.cleanup()
+
+    async def _drain(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._proxy.is_idle.wait()

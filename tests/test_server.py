@@ -14,7 +14,13 @@ from aiohttp_sse_client.client import EventSource
 from proxy.dialects import cody
 from tests.support.client import build_request, connect, request, stream
 from tests.support.cody import assert_ends_once, read_autocomplete, read_chat
-from tests.support.fixtures import QUESTION, Starter, model_configuration
+from tests.support.fixtures import (
+    QUESTION,
+    Starter,
+    load,
+    model_configuration,
+    running,
+)
 from tests.support.upstream import (
     Close,
     Hang,
@@ -1105,3 +1111,23 @@ async def test_token_in_a_query_is_redacted_as_it_stands_there(
     await proxy.chat()
     assert upstream.last.path.endswith("?code=ab/cd%2Bef%3D12345")
     assert "cd%2Bef" not in proxy.log and "12345" not in proxy.log
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_shutdown_ends_what_is_open(upstream, streamed):
+    upstream.script([sse_head(), chunk(openai_text("a")), Hang()])
+    settings = load({"modelConfiguration": model_configuration(upstream.url)})
+    async with running(settings, grace_s=0.1) as proxy:
+        body = QUESTION | {"stream": streamed}
+        asking = asyncio.create_task(proxy.chat(body))
+        await upstream.received()
+        await asyncio.sleep(0.05)
+    raw = await asking
+    if streamed:
+        names = [frame.name for frame in assert_ends_once(raw)]
+        assert names == ["completion", "error", "done"]
+        assert read_chat(raw, 2).errors == ["the proxy is shutting down"]
+    else:
+        assert (raw.status, raw.text) == (503, "the proxy is shutting down\n")
+    assert proxy.outcomes[-1]["kind"] == "shutting_down"
+    await upstream.closed()

@@ -87,13 +87,15 @@ class RunningProxy:
 
 
 @contextlib.asynccontextmanager
-async def running(settings: config.Settings) -> AsyncIterator[RunningProxy]:
+async def running(
+    settings: config.Settings, grace_s: float = 0.0
+) -> AsyncIterator[RunningProxy]:
     """Run the proxy as ``serve`` does, minus the command line."""
     log = io.StringIO()
     redact = Redactor(config.secrets(settings))
     upstream = Upstream(settings.timeouts.connect_s)
     proxy = Proxy(settings, upstream, ExchangeLog(log, redact), redact)
-    listener = Listener(proxy, grace_s=1.0)
+    listener = Listener(proxy, grace_s=grace_s)
     try:
         addresses = await listener.start()
         yield RunningProxy(f"http://127.0.0.1:{addresses[0][1]}", log)
