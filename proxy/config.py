@@ -78,6 +78,7 @@ class Settings(msgspec.Struct, frozen=True):
     client_version_check: bool = False
     passthrough: bool = False
     list_upstream_models: bool = False
+    auth_header: str = "Authorization"
     warnings: tuple[str, ...] = ()
 
 
@@ -94,6 +95,7 @@ class _Token(Keys):
 
 class _Auth(Keys):
     tokens: list[_Token]
+    header: str = "Authorization"
 
 
 class _Model(Keys):
@@ -396,6 +398,9 @@ def _settings(
         client_version_check=file.client_version_check,
         passthrough=file.passthrough,
         list_upstream_models=file.list_upstream_models,
+        auth_header=file.auth.header
+        if isinstance(file.auth, _Auth)
+        else "Authorization",
         warnings=(*findings.warnings, *models.warnings),
     )
 

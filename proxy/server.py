@@ -176,7 +176,8 @@ class _Handling:
 
     def _check_token(self, head: Head) -> None:
         try:
-            token = self._proxy.access.check(_authorization(head))
+            header = self._proxy.settings.auth_header
+            token = self._proxy.access.check(_authorization(head, header))
         except Unauthorized as refusal:
             # A provider that takes the client's own credential may still admit it.
             if not self._proxy.takes_clients_credentials:
@@ -197,7 +198,7 @@ class _Handling:
             if self._refusal is not None:
                 raise self._refusal
             return endpoint
-        token = credential(_authorization(self._head()))
+        token = credential(_authorization(self._head(), "Authorization"))
         if not token:
             raise Unauthorized("this model is asked with your own API key: send one")
         return structs.replace(endpoint, access_token=token, headers={})
@@ -468,10 +469,15 @@ def _too_large(limit: int) -> PayloadTooLarge:
     )
 
 
-def _authorization(head: Head) -> str | None:
-    """What the client says it may do. Anthropic's clients have a header of their own."""
+def _authorization(head: Head, header: str) -> str | None:
+    """What the client says it may do. Anthropic's clients have a header of their own,
+    and a header that was configured may hold the token alone.
+    """
+    given = head.headers.get(header)
+    if given is not None and header != "Authorization" and credential(given) is None:
+        return f"Bearer {given}"
     key = head.headers.get("X-API-Key")
-    return head.headers.get("Authorization") or (f"Bearer {key}" if key else None)
+    return given or (f"Bearer {key}" if key else None)
 
 
 async def _send(

@@ -1131,3 +1131,14 @@ async def test_shutdown_ends_what_is_open(upstream, streamed):
         assert (raw.status, raw.text) == (503, "the proxy is shutting down\n")
     assert proxy.outcomes[-1]["kind"] == "shutting_down"
     await upstream.closed()
+
+
+@pytest.mark.parametrize("value", [TOKEN, f"Bearer {TOKEN}"])
+async def test_token_in_a_header_of_one_s_own(start: Starter, upstream, value):
+    upstream.script(ANSWER)
+    block = model_configuration(upstream.url)
+    proxy = await start(block, auth=AUTH | {"header": "X-Team-Token"})
+    raw = await proxy.chat(headers={"X-Team-Token": value})
+    assert read_chat(raw, 2).ended == "complete"
+    raw = await proxy.chat(headers={"Authorization": f"Bearer {TOKEN}"})
+    assert raw.status == 401
