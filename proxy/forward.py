@@ -63,8 +63,8 @@ async def forward(
         response = web.StreamResponse(status=reply.status, headers=down)
         response.headers.update(own_headers)
         response.headers.popall("Content-Length", None)
-        length = reply.headers.get("Content-Length")
-        if length is not None and length.isdigit():
+        length = reply.header("content-length")
+        if length.isdigit():
             response.content_length = int(length)
         elif request.version == (1, 1) and _may_have_body(request, reply.status):
             response.enable_chunked_encoding()

@@ -1,7 +1,11 @@
 """What kind of server answers at a URL that the user gave without a configuration?"""
 
-import aiohttp
+import asyncio
+
 import msgspec
+
+from proxy.errors import UpstreamFault
+from proxy.upstream import Upstream
 
 _TIMEOUT_S = 5.0
 
@@ -26,20 +30,32 @@ class _ModelList(msgspec.Struct):
 async def probe(url: str) -> Found:
     """Ask the server what it is. Never fails: a sidecar may start before its server."""
     base = url.rstrip("/").removesuffix("/v1")
-    timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
-        if (body := await _get(session, f"{base}/info")) is not None:
-            try:
-                info = msgspec.json.decode(body, type=_Info)
-                return Found(f"{base}/v1", "huggingface-tgi", info.model_id)
-            except msgspec.DecodeError:
-                pass
-        if (body := await _get(session, f"{base}/v1/models")) is not None:
-            try:
-                names = msgspec.json.decode(body, type=_ModelList).data
-                return Found(f"{base}/v1", "openaicompatible", str(names[0]["id"]))
-            except (msgspec.DecodeError, LookupError):
-                pass
+    upstream = Upstream(_TIMEOUT_S)
+    try:
+        async with asyncio.timeout(_TIMEOUT_S):
+            return await _ask(upstream, base)
+    except TimeoutError:
+        return _unknown(base)
+    finally:
+        await upstream.close()
+
+
+async def _ask(upstream: Upstream, base: str) -> Found:
+    try:
+        body = await _get(upstream, f"{base}/info")
+        info = msgspec.json.decode(body, type=_Info)
+        return Found(f"{base}/v1", "huggingface-tgi", info.model_id)
+    except msgspec.DecodeError:
+        pass
+    try:
+        body = await _get(upstream, f"{base}/v1/models")
+        names = msgspec.json.decode(body, type=_ModelList).data
+        return Found(f"{base}/v1", "openaicompatible", str(names[0]["id"]))
+    except (msgspec.DecodeError, LookupError):
+        return _unknown(base)
+
+
+def _unknown(base: str) -> Found:
     return Found(
         f"{base}/v1",
         "huggingface-tgi",
@@ -48,9 +64,8 @@ async def probe(url: str) -> Found:
     )
 
 
-async def _get(session: aiohttp.ClientSession, url: str) -> bytes | None:
+async def _get(upstream: Upstream, url: str) -> bytes:
     try:
-        async with session.get(url) as response:
-            return await response.read() if response.status == 200 else None
-    except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
-        return None
+        return await upstream.get(url, {}, url)
+    except (UpstreamFault, KeyError, ValueError):  # or the URL is none
+        return b""

@@ -8,7 +8,7 @@ its error. A slow client slows the upstream: nothing is queued in between.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import NoReturn
 
 from aiohttp import web
@@ -157,11 +157,13 @@ class Relay:
         async with upstream.open(call.url, call.headers, call.body, endpoint) as reply:
             self._outcome.upstream_status = reply.status
             if self._verbose:
-                self._log.upstream_reply(self._outcome.id, reply.status, reply.headers)
+                self._log.upstream_reply(
+                    self._outcome.id, reply.status, dict(reply.pairs)
+                )
             if not 200 <= reply.status < 300 and self._call.adjust:
                 raise await self._status_fault(reply)
             self._status = 200 if self._call.adjust else reply.status
-            self._reply_type = reply.headers.get("Content-Type", "")
+            self._reply_type = reply.header("content-type")
             exchange = self._exchange = self._new_exchange()
             is_closing = False
             while not exchange.is_ended:
@@ -231,7 +233,7 @@ class Relay:
         errors = "ignore" if len(body) > ERROR_SHOWN_BYTES else "replace"
         text = cut.decode(errors=errors).strip()
         fault = UpstreamStatus(
-            self._source, reply.status, text, headers=_safe(reply.headers)
+            self._source, reply.status, text, headers=_safe(reply.pairs)
         )
         fault.is_clients_credential = self._clients_credential
         return fault
@@ -314,13 +316,13 @@ def own_headers(exchange_id: str) -> dict[str, str]:
     return {"Server": SERVER, "X-Request-Id": exchange_id}
 
 
-def _safe(headers: Mapping[str, str]) -> dict[str, str]:
+def _safe(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Headers of an upstream's error that help the client, and nothing else: not its
     cookies, not its lengths and encodings, which are those of another body.
     """
     return {
         lower: value
-        for name, value in headers.items()
+        for name, value in headers
         if (
             (lower := name.lower()) in _SAFE_HEADERS or lower.startswith(_SAFE_PREFIXES)
         )

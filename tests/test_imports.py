@@ -25,6 +25,7 @@ NEIGHBOURS = {
     "auth": {"config"},
     "routes": {"config"},
     "relay": {"upstream"},
+    "probe": {"upstream"},
     "forward": {"upstream"},
     "server": {"relay", "forward", "upstream"},
 }

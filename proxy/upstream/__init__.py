@@ -1,0 +1,7 @@
+"""Connections to upstreams: ours, since most of a request's cost is here.
+
+``connection`` is one connection: bytes in and out over a C parser, one reply at a time.
+``client`` opens them, keeps them between calls, and maps what fails to our errors.
+"""
+
+from proxy.upstream.client import Upstream as Upstream, UpstreamReply as UpstreamReply

@@ -1,0 +1,361 @@
+"""The client edge: sends one call to an endpoint and gives back what comes.
+
+Every failure of the way there becomes one of our errors here. Redirects are not
+followed, cookies not kept; no host but the URL's is ever connected to.
+"""
+
+import asyncio
+import ipaddress
+import socket
+import ssl
+import zlib
+from base64 import b64encode
+from collections.abc import AsyncIterator, Mapping
+from functools import lru_cache, partial
+from types import TracebackType
+from typing import NamedTuple, TypeAlias
+
+import aiohappyeyeballs
+import yarl
+
+from proxy.errors import (
+    ProxyError,
+    UpstreamGarbled,
+    UpstreamTruncated,
+    UpstreamUnreachable,
+)
+from proxy.upstream.connection import BadReply, Connection, ConnectionFailed
+
+Body: TypeAlias = bytes | AsyncIterator[bytes] | None
+
+# How long a connection may lie idle, if the server names no shorter time; and how much
+# shorter than that it is taken for: a request is on its way for a while, too.
+IDLE_S = 30.0
+IDLE_MARGIN_S = 1.0
+# Between the attempts for the addresses of one name (RFC 8305, section 8).
+HAPPY_EYEBALLS_S = 0.25
+# Most that is unpacked at a time: a small reply may stand for a very large one.
+UNPACKED_BYTES = 256 * 1024
+
+_TRUNCATED = "upstream connection broke before the end of the reply"
+
+
+class _Target(NamedTuple):
+    """What a URL says about a connection and a request on it."""
+
+    scheme: str
+    host: str
+    port: int
+    host_header: str
+    path: str
+    basic: str
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.scheme, self.host, self.port
+
+
+@lru_cache(maxsize=1024)
+def _target(text: str) -> _Target:
+    url = yarl.URL(text, encoded=True)
+    host, port = url.raw_host or "", url.port or 0
+    shown = f"[{host}]" if ":" in host else host
+    default = {"http": 80, "https": 443}[url.scheme]
+    basic = ""
+    if url.user is not None:
+        basic = b64encode(f"{url.user}:{url.password or ''}".encode()).decode()
+    return _Target(
+        url.scheme,
+        host,
+        port,
+        shown if port == default else f"{shown}:{port}",
+        url.raw_path_qs or "/",
+        basic,
+    )
+
+
+class UpstreamReply:
+    """Status and headers of a reply; its body comes by ``read``."""
+
+    def __init__(self, connection: Connection, *, unpack: bool) -> None:
+        self._connection = connection
+        self.status = connection.status
+        self.pairs = connection.headers
+        self._lower = {name.lower(): value for name, value in reversed(self.pairs)}
+        encoding = self.header("content-encoding").lower() if unpack else ""
+        self._unpacker = _unpacker(encoding)
+
+    def header(self, name: str) -> str:
+        """Return the first header of that name (lower case), "" if there is none."""
+        return self._lower.get(name, "")
+
+    async def read(self) -> bytes:
+        """Return what has arrived, at least one byte; b"" at the end.
+
+        Raises: UpstreamTruncated: the connection broke before the end.
+                UpstreamGarbled: it is not what its headers say.
+        """
+        unpacker = self._unpacker
+        try:
+            if unpacker is None:
+                return await self._connection.read()
+            while True:
+                data = unpacker.unconsumed_tail or await self._connection.read()
+                if not data:
+                    return b""
+                if unpacked := unpacker.decompress(data, UNPACKED_BYTES):
+                    return unpacked
+        except ConnectionFailed as error:
+            raise UpstreamTruncated(_TRUNCATED) from error
+        except (BadReply, zlib.error) as error:
+            raise UpstreamGarbled("upstream sent a body that is broken") from error
+
+
+def _unpacker(encoding: str) -> "zlib._Decompress | None":
+    """Raises: UpstreamGarbled: identity was asked for, and this is neither that nor
+    one of the two encodings that everybody knows.
+    """
+    if encoding in ("", "identity"):
+        return None
+    if encoding in ("gzip", "x-gzip", "deflate"):
+        return zlib.decompressobj(zlib.MAX_WBITS | 32)
+    raise UpstreamGarbled(
+        f'upstream sent content encoding "{encoding[:40]}", though none was asked for'
+    )
+
+
+class Upstream:
+    """All connections to upstreams, kept alive between calls."""
+
+    def __init__(self, connect_s: float) -> None:
+        self._connect_s = connect_s
+        self._idle: dict[tuple[str, str, int], list[Connection]] = {}
+        self._tls: ssl.SSLContext | None = None
+
+    async def close(self) -> None:
+        for connections in self._idle.values():
+            for connection in connections:
+                connection.abort()
+        self._idle.clear()
+        await asyncio.sleep(0)  # the transports say goodbye
+
+    def open(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        body: Body,
+        endpoint: str,
+        *,
+        method: str = "POST",
+        unpack: bool = True,
+    ) -> "_Call":
+        """Send a request, in an ``async with``; it gives the reply once its head is in.
+
+        Leaving the context before the end of the reply closes the connection.
+
+        Args:   endpoint: what error messages call it; a URL may hold secrets.
+                unpack: undo a content encoding of the reply.
+        Raises: UpstreamUnreachable: no connection, or none that lasted so far.
+        """
+        return _Call(self, _target(url), headers, body, endpoint, method, unpack)
+
+    async def get(self, url: str, headers: Mapping[str, str], endpoint: str) -> bytes:
+        """Return the body of a reply of status 200, b"" for any other.
+
+        Raises: UpstreamFault: there was no whole reply.
+        """
+        body = b""
+        async with self.open(url, headers, None, endpoint, method="GET") as reply:
+            while reply.status == 200 and (data := await reply.read()):
+                body += data
+        return body
+
+    def take_idle(self, target: _Target) -> Connection | None:
+        connections = self._idle.get(target.key)
+        now_s = asyncio.get_running_loop().time()
+        while connections:
+            connection = connections.pop()
+            if connection.is_open and now_s < connection.idle_until_s:
+                return connection
+            connection.abort()
+        return None
+
+    def give_back(self, target: _Target, connection: Connection) -> None:
+        """Keep a connection for the next call, if another may follow on it."""
+        if not connection.is_reusable:
+            connection.abort()
+            return
+        connection.release()
+        given = connection.keep_alive_s
+        idle_s = IDLE_S if given is None else min(given - IDLE_MARGIN_S, IDLE_S)
+        connection.idle_until_s = asyncio.get_running_loop().time() + idle_s
+        self._idle.setdefault(target.key, []).append(connection)
+
+    async def connect(self, target: _Target) -> Connection:
+        """Raises: OSError, TimeoutError, ssl.SSLError."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(self._connect_s):
+            addresses = await _resolve(target)
+            raw = await aiohappyeyeballs.start_connection(
+                addresses,
+                happy_eyeballs_delay=HAPPY_EYEBALLS_S,
+                interleave=1,
+                loop=loop,
+            )
+            tls = self._context() if target.scheme == "https" else None
+            _, connection = await loop.create_connection(
+                Connection,
+                sock=raw,
+                ssl=tls,
+                server_hostname=target.host if tls else None,
+            )
+        return connection
+
+    def _context(self) -> ssl.SSLContext:
+        # Reading the certificates takes some milliseconds, so only where needed.
+        if self._tls is None:
+            self._tls = ssl.create_default_context()
+        return self._tls
+
+
+async def _resolve(target: _Target) -> list[aiohappyeyeballs.AddrInfoType]:
+    host, port = target.host, target.port
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        loop = asyncio.get_running_loop()
+        return list(await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    # No look-up: that would take a thread.
+    if ip.version == 6:
+        address: tuple[str, int] | tuple[str, int, int, int] = (host, port, 0, 0)
+        return [(socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", address)]
+    address = (host, port)
+    return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", address)]
+
+
+class _Call:
+    """One request and its reply, for the time of an ``async with``."""
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        target: _Target,
+        headers: Mapping[str, str],
+        body: Body,
+        endpoint: str,
+        method: str,
+        unpack: bool,
+    ) -> None:
+        self._upstream = upstream
+        self._target = target
+        self._headers = headers
+        self._body = body
+        self._endpoint = endpoint
+        self._method = method
+        self._unpack = unpack
+        self._connection: Connection | None = None
+
+    async def __aenter__(self) -> UpstreamReply:
+        try:
+            return await self._exchange()
+        except BaseException:
+            self._drop()
+            raise
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        connection = self._connection
+        if connection is not None:
+            self._connection = None
+            if error is None and connection.is_ending:
+                connection.linger(
+                    partial(self._upstream.give_back, self._target, connection)
+                )
+            else:
+                self._upstream.give_back(self._target, connection)
+
+    async def _exchange(self) -> UpstreamReply:
+        idle = self._upstream.take_idle(self._target)
+        if idle is not None:
+            self._connection = idle
+            try:
+                return await self._ask(idle)
+            except ConnectionFailed as error:
+                # The server was closing it (llama.cpp does, whatever it promised); so
+                # it has not looked at the request, which may go out once more.
+                if idle.has_received or not isinstance(self._body, bytes | None):
+                    raise self._unreachable(error) from error
+            self._drop()
+        try:
+            self._connection = await self._upstream.connect(self._target)
+        except (OSError, TimeoutError) as error:
+            raise self._unreachable(error) from error
+        try:
+            return await self._ask(self._connection)
+        except ConnectionFailed as error:
+            raise self._unreachable(error) from error
+
+    async def _ask(self, connection: Connection) -> UpstreamReply:
+        head = self._head()
+        if isinstance(self._body, bytes | None):
+            connection.send(head, self._body or b"", bodiless=self._method == "HEAD")
+        else:
+            chunked = b"\r\ntransfer-encoding: chunked\r\n" in head.lower()
+            connection.send_stream(head, self._body, chunked=chunked)
+        try:
+            await connection.head()
+        except BadReply as error:
+            raise self._unreachable(error) from error
+        return UpstreamReply(connection, unpack=self._unpack)
+
+    def _head(self) -> bytes:
+        target, body = self._target, self._body
+        lines = [
+            f"{self._method} {target.path} HTTP/1.1",
+            f"Host: {target.host_header}",
+        ]
+        lines += [f"{name}: {value}" for name, value in self._headers.items()]
+        names = {name.lower() for name in self._headers}
+        if target.basic and "authorization" not in names:
+            lines.append(f"Authorization: Basic {target.basic}")
+        if isinstance(body, bytes):
+            lines.append(f"Content-Length: {len(body)}")
+        elif body is not None and "content-length" not in names:
+            lines.append("Transfer-Encoding: chunked")
+        text = "\r\n".join(lines)
+        if text.count("\n") != len(lines) - 1 or "\0" in text:
+            raise UpstreamUnreachable("a header for the upstream holds a line end")
+        return f"{text}\r\n\r\n".encode("utf-8", "surrogateescape")
+
+    def _drop(self) -> None:
+        if self._connection is not None:
+            self._connection.abort()
+            self._connection = None
+
+    def _unreachable(self, error: Exception) -> ProxyError:
+        return UpstreamUnreachable(f"upstream {self._endpoint}: {_reason(error)}")
+
+
+# The first that fits counts.
+_REASONS: tuple[tuple[type[Exception], str], ...] = (
+    (ssl.SSLCertVerificationError, "its certificate is not trusted"),
+    (ssl.SSLError, "TLS handshake failed"),
+    (socket.gaierror, "host name cannot be resolved"),
+    (TimeoutError, "connect timed out"),
+    (ConnectionRefusedError, "connection refused"),
+    (ConnectionFailed, "connection closed before a reply"),
+    (ConnectionResetError, "connection closed before a reply"),
+    (BadReply, "sent something that is not HTTP"),
+)
+
+
+def _reason(error: Exception) -> str:
+    """Why, in words that name neither an address nor a key."""
+    for kind, words in _REASONS:
+        if isinstance(error, kind):
+            return words
+    return "connection failed"

@@ -1,0 +1,301 @@
+"""One connection to an upstream: a request goes out, its reply comes in, in turn.
+
+What belongs here: HTTP/1.1 framing, by httptools' C parser, and back-pressure in both
+directions. Which host, how long, and what a failure means to a client: elsewhere.
+"""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from typing import cast
+
+import httptools
+
+# A reader that does not come for its bytes stops the socket at this many.
+HIGH_WATER_BYTES = 64 * 1024
+MAX_HEAD_BYTES = 64 * 1024
+LINGER_S = 0.1
+LINGER_BYTES = 1024
+
+
+class ConnectionFailed(Exception):
+    """The connection ended before the reply did."""
+
+
+class BadReply(Exception):
+    """What came is not HTTP."""
+
+
+class Connection(asyncio.Protocol):
+    """Driven by one task at a time: ``send``, ``head``, then ``read`` to b"".
+
+    ``is_reusable`` says afterwards whether another request may follow. A connection
+    that was used before and fails while ``has_received`` is False met a server that was
+    closing it.
+    """
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: list[tuple[str, str]] = []
+        self.is_open = False
+        self.has_received = False
+        self.idle_until_s = 0.0
+        self.keep_alive_s: float | None = None
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._is_busy = False
+        self._is_head_in = False
+        self._is_complete = False
+        self._is_bodiless = False  # the request was HEAD
+        self._ends_with_connection = False
+        self._is_spoilt = False  # it must not carry another request
+        self._head_bytes = 0
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._is_paused = False
+        self._error: Exception | None = None
+        self._reader: asyncio.Future[None] | None = None
+        self._writer: asyncio.Future[None] | None = None
+        self._can_write = True
+        self._sending: asyncio.Task[None] | None = None
+        self._lingerer: Callable[[], None] | None = None
+        self._linger_timer: asyncio.TimerHandle
+
+    # ------------------------------------------------------------------------ requests
+
+    def send(self, head: bytes, body: bytes, *, bodiless: bool = False) -> None:
+        """Send a request whose body is there already."""
+        self._begin(bodiless)
+        assert self._transport is not None
+        self._transport.write(head + body if body else head)
+
+    def send_stream(
+        self, head: bytes, body: AsyncIterator[bytes], *, chunked: bool
+    ) -> None:
+        """Send a request whose body comes in pieces; the reply may come before it."""
+        self._begin(False)
+        assert self._transport is not None
+        self._transport.write(head)
+        self._sending = self._loop.create_task(self._send_pieces(body, chunked))
+
+    def _begin(self, bodiless: bool) -> None:
+        self.status = 0
+        self.headers = []
+        self.has_received = False
+        self._is_busy = True
+        self._is_head_in = self._is_complete = False
+        self._is_bodiless = bodiless
+        self._head_bytes = 0
+
+    async def _send_pieces(self, body: AsyncIterator[bytes], chunked: bool) -> None:
+        transport = self._transport
+        assert transport is not None
+        try:
+            async for piece in body:
+                if not piece:
+                    continue
+                transport.write(
+                    b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece
+                )
+                if not self._can_write:
+                    self._writer = self._loop.create_future()
+                    await self._writer
+                if not self.is_open:
+                    return
+            if chunked:
+                transport.write(b"0\r\n\r\n")
+        except Exception as error:
+            # The body's source failed: what was announced will never be whole.
+            self._fail(ConnectionFailed(str(error)))
+            self.abort()
+
+    # ------------------------------------------------------------------------- replies
+
+    async def head(self) -> None:
+        """Wait for status and headers. Raises: ConnectionFailed, BadReply."""
+        while not self._is_head_in:
+            await self._wait()
+
+    async def read(self) -> bytes:
+        """Return what has arrived of the body, b"" at its end.
+
+        Raises: ConnectionFailed, BadReply: there will be no end.
+        """
+        while not self._chunks:
+            if self._is_complete:
+                return b""
+            await self._wait()
+        chunks = self._chunks
+        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        self._chunks = []
+        self._size = 0
+        if self._is_paused and self._transport is not None:
+            self._is_paused = False
+            self._transport.resume_reading()
+        return data
+
+    @property
+    def is_ending(self) -> bool:
+        """Nothing is wrong, only the end is not in yet."""
+        return self.is_open and not self._is_complete and self._error is None
+
+    @property
+    def is_reusable(self) -> bool:
+        return (
+            self._is_complete
+            and self.is_open
+            and not self._is_spoilt
+            and self._error is None
+            and (self._sending is None or self._sending.done())
+        )
+
+    def release(self) -> None:
+        """The reply has been read; from now on anything that comes is wrong."""
+        self._is_busy = False
+        self._chunks = []
+
+    def linger(self, done: Callable[[], None]) -> None:
+        """Wait a moment for the end of a reply that nobody reads any more.
+
+        A stream says its last word some microseconds before its HTTP framing ends; to
+        close in between would cost a new connection per stream. ``done`` is called at
+        the end, whatever it is; a server that goes on instead is hung up on.
+        """
+        self._chunks = []
+        self._size = 0
+        self._lingerer = done
+        self._linger_timer = self._loop.call_later(LINGER_S, self._stop_lingering)
+
+    def _stop_lingering(self) -> None:
+        done, self._lingerer = self._lingerer, None
+        if done is not None:
+            self._linger_timer.cancel()
+            self._chunks = []
+            done()
+
+    def abort(self) -> None:
+        if self._sending is not None:
+            self._sending.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def _wait(self) -> None:
+        if self._error is not None:
+            raise self._error
+        self._reader = self._loop.create_future()
+        await self._reader
+
+    def _wake(self) -> None:
+        reader = self._reader
+        if reader is not None and not reader.done():
+            reader.set_result(None)
+
+    def _fail(self, error: Exception) -> None:
+        if self._error is None:
+            self._error = error
+        self._wake()
+
+    # ------------------------------------------------------------- called by the socket
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's is none by its type, only by what it does.
+        self._transport = cast(asyncio.Transport, transport)
+        self.is_open = True
+        raw = transport.get_extra_info("socket")
+        if raw is not None:
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def data_received(self, data: bytes) -> None:
+        self.has_received = True
+        if not self._is_busy:  # the rest of an old reply, or an answer to nothing
+            self._is_spoilt = True
+            self.abort()
+            return
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if self._is_complete:
+                self._is_spoilt = True  # bytes after the end: not this reply's
+            else:
+                self._fail(BadReply(str(error)))
+                self.abort()
+        if self._lingerer is not None:
+            if self._is_complete or self._size > LINGER_BYTES:
+                self._stop_lingering()
+            return
+        if self._size > HIGH_WATER_BYTES and self._transport is not None:
+            self._is_paused = True
+            self._transport.pause_reading()
+        self._wake()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.is_open = False
+        if self._ends_with_connection and self._is_head_in and error is None:
+            self._is_complete = True
+        if not self._is_complete:
+            self._fail(ConnectionFailed(str(error or "closed")))
+        self._wake()
+        self._stop_lingering()
+        self.resume_writing()
+
+    def pause_writing(self) -> None:
+        self._can_write = False
+
+    def resume_writing(self) -> None:
+        self._can_write = True
+        if self._writer is not None and not self._writer.done():
+            self._writer.set_result(None)
+
+    # ------------------------------------------------------------- called by the parser
+
+    def on_message_begin(self) -> None:
+        if self._is_complete:
+            self._is_spoilt = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._head_bytes += len(name) + len(value) + 4
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._fail(BadReply("its head is too long"))
+            self.abort()
+        elif not self._is_complete:
+            self.headers.append((name.decode("latin-1"), value.decode("latin-1")))
+
+    def on_headers_complete(self) -> None:
+        if self._is_complete:
+            return
+        self.status = self._parser.get_status_code()
+        if self.status < 200:
+            return
+        names = {name.lower(): value for name, value in self.headers}
+        framed = "content-length" in names or "transfer-encoding" in names
+        self._ends_with_connection = not framed and self.status not in (204, 304)
+        self.keep_alive_s = _timeout_of(names.get("keep-alive", ""))
+        self._is_head_in = True
+        if self._is_bodiless:
+            # The parser cannot know that no body follows.
+            self._is_complete = self._is_spoilt = True
+
+    def on_body(self, data: bytes) -> None:
+        if not self._is_complete:
+            self._chunks.append(data)
+            self._size += len(data)
+
+    def on_message_complete(self) -> None:
+        if self.status < 200:  # 100 Continue, 103 Early Hints
+            self.headers = []
+            self._head_bytes = 0
+        else:
+            self._is_complete = True
+            # Afterwards the parser speaks of the next message.
+            if not self._parser.should_keep_alive():
+                self._is_spoilt = True
+
+
+def _timeout_of(keep_alive: str) -> float | None:
+    """Return the seconds of ``Keep-Alive: timeout=5``, None if it does not say."""
+    for part in keep_alive.split(","):
+        name, _, value = part.strip().partition("=")
+        if name.lower() == "timeout" and value.strip().isdecimal():
+            return float(value)
+    return None
