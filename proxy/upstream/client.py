@@ -203,12 +203,16 @@ class Upstream:
                 loop=loop,
             )
             tls = self._context() if target.scheme == "https" else None
-            _, connection = await loop.create_connection(
-                Connection,
-                sock=raw,
-                ssl=tls,
-                server_hostname=target.host if tls else None,
-            )
+            try:
+                _, connection = await loop.create_connection(
+                    Connection,
+                    sock=raw,
+                    ssl=tls,
+                    server_hostname=target.host if tls else None,
+                )
+            except BaseException:
+                raw.close()
+                raise
         return connection
 
     def _context(self) -> ssl.SSLContext:

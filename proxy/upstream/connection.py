@@ -262,7 +262,7 @@ class Connection(asyncio.Protocol):
             self.headers.append((name.decode("latin-1"), value.decode("latin-1")))
 
     def on_headers_complete(self) -> None:
-        if self._is_complete:
+        if self._is_complete or self._error is not None:
             return
         self.status = self._parser.get_status_code()
         if self.status < 200:
