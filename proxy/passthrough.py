@@ -12,7 +12,12 @@ from collections.abc import Callable
 from proxy.completion import Delta, Start
 from proxy.dialects.adjust import ReplyFixer
 from proxy.dialects.base import Reader, Writer
-from proxy.errors import ProxyError, UpstreamFault, UpstreamGarbled
+from proxy.errors import (
+    ProxyError,
+    UpstreamFault,
+    UpstreamGarbled,
+    UpstreamReported,
+)
 from proxy.sse import Event, Parser, frame
 
 
@@ -71,10 +76,15 @@ class PassThrough:
         deltas: list[Delta] = []
         events: list[Event] = []
         fault = self._read(data, events, deltas)
-        out = self._whole_events(data, events, self._fixer, fault is not None)
+        added = None
+        if self._reader.ended and not self._reader.finished and fault is None:
+            added = self._fixer.missing_finish(self._reader.model)
+        out = self._whole_events(data, events, self._fixer, fault is not None, added)
         if not self.is_answering:
             self.is_answering = any(type(delta) is not Start for delta in deltas)
-        if not (self.is_answering or self._reader.ended):
+        if self._reader.ended and not self.is_answering and fault is None:
+            fault = UpstreamReported("upstream ended the stream without an answer")
+        if not self.is_answering:
             self._waiting += out
             out = b""
         elif self._waiting:
@@ -135,9 +145,18 @@ class PassThrough:
         return None
 
     def _whole_events(
-        self, data: bytes, events: list[Event], fixer: ReplyFixer, failed: bool
+        self,
+        data: bytes,
+        events: list[Event],
+        fixer: ReplyFixer,
+        failed: bool,
+        added: str | None,
     ) -> bytes:
-        """Return the bytes of the given events, keep those of an unfinished one."""
+        """Return the bytes of the given events, keep those of an unfinished one.
+
+        Args: failed: the last one was an error, which is said in another way.
+              added: data of an event to put before the last one.
+        """
         if b"\r" in data:
             # The parser has the beginning of the event; from now on it says the rest.
             self._is_reframed = True
@@ -148,7 +167,9 @@ class PassThrough:
             cut = self._tail.rfind(b"\n\n") + 1
             cut += cut > 0  # 0 if no event has ended
         fixed = [(event, fixer.fix(event.data)) for event in events]
-        is_clean = all(event.data is text for event, text in fixed)
+        if added is not None:
+            fixed.insert(len(fixed) - 1, (Event(data=added), added))
+        is_clean = added is None and all(event.data is text for event, text in fixed)
         if is_clean and not failed and not self._is_reframed:
             out, self._tail = self._tail[:cut], self._tail[cut:]
             return out

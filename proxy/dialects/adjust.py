@@ -8,6 +8,7 @@ What needs no fix-up keeps its bytes.
 
 import json
 import random
+import time
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -244,7 +245,13 @@ _OPENAI_SIGNS = (
     '"id":""',
     '"id": ""',
 )
-_OPENAI_REASONS = {"stop_sequence": "stop", "eos_token": "stop", "": None}
+_OPENAI_REASONS = {
+    "stop": "stop",
+    "stop_sequence": "stop",
+    "eos_token": "stop",
+    "": None,
+}
+_HAS_CALLS = '"function"'
 
 
 class ReplyFixer:
@@ -253,6 +260,7 @@ class ReplyFixer:
     def __init__(self, dialect: str) -> None:
         self.names: list[str] = []
         self._is_openai = dialect in END
+        self._has_calls = False
         self._id = f"chatcmpl-{random.getrandbits(96):024x}"
 
     def fix(self, data: str) -> str | None:
@@ -262,9 +270,12 @@ class ReplyFixer:
         if data == "null":  # llama.cpp, first event of a list of prompts
             self._note("data")
             return None
-        if not any(sign in data for sign in _OPENAI_SIGNS):
-            return data
-        return self._fix_openai(data)
+        if not self._has_calls:
+            self._has_calls = '"tool_calls":' in data and _HAS_CALLS in data
+        is_odd = any(sign in data for sign in _OPENAI_SIGNS)
+        if is_odd or (self._has_calls and '"stop"' in data):
+            return self._fix_openai(data)
+        return data
 
     def _fix_openai(self, data: str) -> str:
         try:
@@ -291,9 +302,31 @@ class ReplyFixer:
         reason = choice.get("finish_reason")
         if not isinstance(reason, str) or reason not in _OPENAI_REASONS:
             return False
-        choice["finish_reason"] = _OPENAI_REASONS[reason]
+        mended = _OPENAI_REASONS[reason]
+        if mended == "stop" and self._has_calls:
+            mended = "tool_calls"
+        if mended == reason:
+            return False
+        choice["finish_reason"] = mended
         self._note("finish_reason")
         return True
+
+    def missing_finish(self, model: str) -> str | None:
+        """Return the chunk that TGI leaves out after a tool call, None if there was
+        none.
+        """
+        if not self._has_calls:
+            return None
+        self._note("finish_reason")
+        choice = {"index": 0, "delta": {}, "finish_reason": "tool_calls"}
+        chunk = {
+            "id": self._id,
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": model,
+            "choices": [choice],
+        }
+        return _encode(chunk).decode()
 
     def add_end(self, dialect: str) -> bytes:
         """What is missing at the end of a stream that is otherwise complete."""
