@@ -10,7 +10,7 @@ what is watched is only written down.
 from collections.abc import Callable
 
 from proxy.completion import Delta, Start
-from proxy.dialects.adjust import ReplyFixer
+from proxy.dialects.adjust import ReplyFixer, plain_length
 from proxy.dialects.base import Reader, Writer
 from proxy.errors import (
     ProxyError,
@@ -52,6 +52,7 @@ class PassThrough:
         self._several = several
         self._redact = redact
         self._parser = Parser(limit_bytes)
+        self._limit_bytes = limit_bytes
         self._tail = b""  # of an event that has not ended yet
         self._waiting = b""  # events before the first meaningful one
         self._is_reframed = False  # its line ends are not ours: cuts cannot be seen
@@ -73,13 +74,28 @@ class PassThrough:
             return b""
         if self._fixer is None:
             return self._watch(data)
+        out = b""
+        while data and not self.is_ended:
+            end = self._plain_length(data)
+            if end:
+                out += data[:end]
+            else:
+                # Event by event up to the answer, then all that is left.
+                end = len(data) if self.is_answering else data.find(b"\n\n") + 2
+                end = end if end > 1 else len(data)
+                out += self._receive(data[:end], self._fixer)
+            data = data[end:]
+        return out
+
+    def _receive(self, data: bytes, fixer: ReplyFixer) -> bytes:
+        """Read events and return what to say of them."""
         deltas: list[Delta] = []
         events: list[Event] = []
         fault = self._read(data, events, deltas)
         added = None
         if self._reader.ended and not self._reader.finished and fault is None:
-            added = self._fixer.missing_finish(self._reader.model)
-        out = self._whole_events(data, events, self._fixer, fault is not None, added)
+            added = fixer.missing_finish(self._reader.model)
+        out = self._whole_events(data, events, fixer, fault is not None, added)
         if not self.is_answering:
             self.is_answering = any(type(delta) is not Start for delta in deltas)
         if self._reader.ended and not self.is_answering and fault is None:
@@ -118,6 +134,14 @@ class PassThrough:
         if isinstance(error, UpstreamFault) and self._reader.finished:
             return self.receive_eof()
         return self._fail(error)
+
+    def _plain_length(self, data: bytes) -> int:
+        """Most of a stream only goes on with the answer and need not be parsed."""
+        if not self.is_answering or self._tail or self._is_reframed:
+            return 0
+        return (
+            plain_length(self._dialect, data) if len(data) <= self._limit_bytes else 0
+        )
 
     def _watch(self, data: bytes) -> bytes:
         """Let the bytes through as they are."""

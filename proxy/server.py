@@ -20,7 +20,14 @@ from proxy import __version__, pages, routes
 from proxy.auth import Access, credential
 from proxy.completion import CompletionRequest, Feature, Usage
 from proxy.config import Settings
-from proxy.dialects.adjust import decode_fields, encode_fields, mend, raw, reduce
+from proxy.dialects.adjust import (
+    ADJUSTED,
+    decode_fields,
+    encode_fields,
+    mend,
+    raw,
+    reduce,
+)
 from proxy.dialects.base import Head, Incoming, Reply, Writer
 from proxy.errors import (
     InvalidRequest,
@@ -209,6 +216,8 @@ class _Handling:
             raise _too_large(limit)
         self._continue()
         try:
+            if self._request.content.is_eof():  # all of it came with the head
+                return await self._request.read()
             async with asyncio.timeout_at(self._started_s + self._timeout_s("chat")):
                 return await self._request.read()
         except TimeoutError:
@@ -293,19 +302,19 @@ class _Handling:
         self, head: Head, body: bytes
     ) -> tuple[CompletionRequest, Writer, bytes]:
         """Return also the body, which may have had to be mended."""
+        incoming = self._incoming
+        if incoming.dialect in ADJUSTED and (reduced := reduce(body)) is not None:
+            # Where the upstream speaks the client's dialect, it says itself what is
+            # wrong with the rest, and understands what cannot be translated.
+            completion, writer = incoming.parse(head, reduced)
+            if self._is_native(completion):
+                return completion, writer, body
         try:
-            return *self._incoming.parse(head, body), body
-        except InvalidRequest as error:
-            if (mended := mend(body)) is not None:
-                return *self._incoming.parse(head, mended), mended
-            # What cannot be translated can still be passed on, to an upstream that
-            # speaks the client's dialect and can say itself what is wrong with it.
-            if (reduced := reduce(body)) is None:
+            return *incoming.parse(head, body), body
+        except InvalidRequest:
+            if (mended := mend(body)) is None:
                 raise
-            completion, writer = self._incoming.parse(head, reduced)
-            if not self._is_native(completion):
-                raise error from None
-            return completion, writer, body
+            return *incoming.parse(head, mended), mended
 
     def _is_native(self, completion: CompletionRequest) -> bool:
         proxy = self._proxy

@@ -60,11 +60,23 @@ def _is_sound(body: bytes) -> bool:
     return True
 
 
+class _Chosen(msgspec.Struct):
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: dict[str, object] | None = None
+
+
+_decode_chosen = msgspec.json.Decoder(_Chosen).decode
+
+
 class _Reduced(msgspec.Struct):
-    """The least that every dialect parses, with what decides where a request goes."""
+    """The least that every dialect parses, with what decides where a request goes and
+    what form its reply has.
+    """
 
     model: str | None = None
     stream: bool | None = None
+    stream_options: dict[str, object] | None = None
     messages: list[dict[str, str]] = msgspec.field(
         default_factory=lambda: [{"role": "user", "content": "-"}]
     )
@@ -74,18 +86,15 @@ class _Reduced(msgspec.Struct):
 
 
 def reduce(body: bytes) -> bytes | None:
-    """Return a body with only the model and the stream flag of this one.
+    """Return a small body that asks for the same model in the same form.
 
-    None if it is no JSON object that has them in the usual types.
+    None if it is no JSON object that has these fields in the usual types.
     """
     try:
-        fields = decode_fields(body)
-        chosen = {key: fields[key] for key in ("model", "stream") if key in fields}
-        given = msgspec.json.decode(_encode(chosen), type=_Reduced)
+        chosen = _decode_chosen(body)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         return None
-    whole = {name: getattr(given, name) for name in _Reduced.__struct_fields__}
-    return _encode({name: value for name, value in whole.items() if value is not None})
+    return _encode(_Reduced(chosen.model, chosen.stream, chosen.stream_options))
 
 
 def _value(fields: Fields, key: str) -> object:
@@ -231,6 +240,8 @@ def fix_request(profile: str, fields: Fields) -> list[str]:
 
 # ---------------------------------------------------------------------------- replies
 
+# Dialects in which replies can pass through.
+ADJUSTED = ("openai-chat", "openai-completions", "anthropic", "tgi")
 # What a clean stream ends with, for servers that leave it out.
 END = {
     "openai-chat": b"data: [DONE]\n\n",
@@ -244,6 +255,8 @@ _OPENAI_SIGNS = (
     '"eos_token"',
     '"id":""',
     '"id": ""',
+    '"tool_calls":{',
+    '"arguments":{',
 )
 _OPENAI_REASONS = {
     "stop": "stop",
@@ -252,6 +265,61 @@ _OPENAI_REASONS = {
     "": None,
 }
 _HAS_CALLS = '"function"'
+
+
+# What an event may hold besides the next piece of the answer, or what may be wrong
+# with it. Inside the answer's own text every quote has a backslash before it.
+_OPENAI_MARKS = (
+    b'"error"',
+    b'"finish_reason":"',
+    b'"usage":{',
+    b'"id":""',
+    b'"tool_calls"',
+    b"[DONE]",
+)
+_ANTHROPIC_MARKS = (b'"error"', b'"stop_reason"', b'"usage"', b"message_")
+
+
+class _Plain(msgspec.Struct, frozen=True):
+    """How events begin that only go on with the answer, what each has in it once, and
+    how many lines it has, the blank one included.
+    """
+
+    start: bytes
+    inside: bytes
+    lines: int
+    marks: tuple[bytes, ...]
+
+
+_OPENAI = _Plain(b"data: {", b'"choices":[{', 2, _OPENAI_MARKS)
+_DELTA = b"event: content_block_delta\ndata: {"
+_PLAIN = {
+    "openai-chat": _OPENAI,
+    "openai-completions": _OPENAI,
+    "anthropic": _Plain(_DELTA, b'"delta":{', 3, _ANTHROPIC_MARKS),
+}
+_CR = 13
+
+
+def plain_length(dialect: str, data: bytes) -> int:
+    """Return how many bytes at the start of a read are whole events that only go on
+    with the answer: there is nothing to parse them for.
+
+    0 means only that a parser has to look.
+    """
+    form = _PLAIN.get(dialect)
+    if form is None or _CR in data or not data.startswith(form.start):
+        return 0
+    found = [at for mark in form.marks if (at := data.find(mark)) >= 0]
+    end = data.rfind(b"\n\n", 0, min(found) if found else len(data)) + 2
+    events = data.count(b"\n\n", 0, end)
+    is_plain = (
+        events > 0
+        and data.count(b"\n", 0, end) == form.lines * events
+        and data.count(b"\n\n" + form.start, 0, end) == events - 1
+        and data.count(form.inside, 0, end) == events
+    )
+    return end if is_plain else 0
 
 
 class ReplyFixer:
@@ -294,8 +362,30 @@ class ReplyFixer:
             changed = True
         choices = value.get("choices")
         for choice in choices if isinstance(choices, list) else ():
-            if isinstance(choice, dict) and self._fix_reason(choice):
+            if isinstance(choice, dict):
+                changed = self._fix_calls(choice) or changed
+                changed = self._fix_reason(choice) or changed
+        return changed
+
+    def _fix_calls(self, choice: dict[str, object]) -> bool:
+        """TGI: an object for a list of calls, and an object for their JSON text."""
+        content = choice.get("delta") or choice.get("message")
+        calls = content.get("tool_calls") if isinstance(content, dict) else None
+        if not calls or not isinstance(content, dict):
+            return False
+        changed = isinstance(calls, dict)
+        if changed:
+            content["tool_calls"] = calls = [calls]
+        for call in calls if isinstance(calls, list) else ():
+            function = call.get("function") if isinstance(call, dict) else None
+            if isinstance(function, dict) and isinstance(
+                function.get("arguments"), dict
+            ):
+                text = json.dumps(function["arguments"], separators=(",", ":"))
+                function["arguments"] = text
                 changed = True
+        if changed:
+            self._note("tool_calls")
         return changed
 
     def _fix_reason(self, choice: dict[str, object]) -> bool:

@@ -55,7 +55,11 @@ async def llama() -> AsyncIterator[str]:
         yield url
     finally:
         server.terminate()
-        await server.wait()
+        try:
+            await asyncio.wait_for(server.wait(), 5)
+        except TimeoutError:
+            server.kill()
+            await server.wait()
 
 
 async def _healthy(url: str) -> None:
