@@ -166,19 +166,20 @@ class Relay:
             self._reply_type = reply.header("content-type")
             exchange = self._exchange = self._new_exchange()
             is_closing = False
+            out = b""
             while not exchange.is_ended:
                 data = await self._read(reply)
                 out = exchange.receive_data(data) if data else exchange.receive_eof()
                 if exchange.is_answering and self._outcome.first_token_s is None:
                     elapsed_s = self._loop.time() - self._started_s
                     self._outcome.first_token_s = round(elapsed_s, 4)
-                if out:
+                if out and not exchange.is_ended:
                     await self._write(out)
                 if exchange.is_finishing and not is_closing:
                     is_closing = True
                     clock.reschedule(min(deadline_s, self._loop.time() + GRACE_S))
         self._note(exchange.error)
-        await self._end()
+        await self._end(out)
 
     def _new_exchange(self) -> Exchange | PassThrough | PassedBody:
         """Translate, or pass on what is of the client's dialect and form already."""
@@ -275,12 +276,14 @@ class Relay:
             names += self._exchange.adjusted
         return names
 
-    async def _end(self) -> None:
+    async def _end(self, out: bytes) -> None:
+        """Write the last bytes together with the end of the body."""
         self._outcome.adjusted = self._adjusted()
-        if self.response is None:  # nothing but the end was said
-            self.response = await self._start(b"")
+        if self.response is None:
+            self.response = await self._start(out)
         await self.response.prepare(self._request)
-        await self.response.write_eof()
+        is_whole = isinstance(self.response, web.Response)  # it has its body already
+        await self.response.write_eof(b"" if is_whole else out)
 
     async def _fail(self, error: ProxyError) -> None:
         """Say an error after the start of the reply. Raises it if there was none."""
@@ -295,9 +298,7 @@ class Relay:
             self._abort()
         try:
             async with asyncio.timeout(LAST_WRITE_S):
-                if out:
-                    await self._write(out)
-                await self._end()
+                await self._end(out)
         except TimeoutError:  # the client does not read
             self._abort()
 
