@@ -4,13 +4,20 @@ Method, path, query, headers and bodies pass, streamed both ways without being h
 parser looks at them. The host is the configured one, whatever the client says.
 """
 
-from collections.abc import AsyncIterator, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping
 
 from aiohttp import web
 
-from proxy.errors import UnknownPath, UpstreamTruncated
+from proxy.errors import (
+    DeadlineExceeded,
+    UnknownPath,
+    UpstreamFault,
+    UpstreamGarbled,
+)
 from proxy.hop import end_to_end
-from proxy.upstream import Upstream
+from proxy.outcome import Outcome
+from proxy.upstream import Upstream, UpstreamReply
 
 # The client's credentials are for the proxy; lengths and encodings are kept, since the
 # body is; 100-continue is between the client and us.
@@ -19,10 +26,13 @@ _NOT_UP = (
     "authorization",
     "x-api-key",
     "api-key",
+    "x-goog-api-key",
     "cookie",
     "expect",
     "accept-encoding",
 )
+# What aiohttp undoes.
+_UNPACKED = frozenset(("gzip", "deflate", "br", "zstd"))
 _NOT_DOWN = ("set-cookie", "server", "date")
 
 
@@ -33,51 +43,111 @@ async def forward(
     credentials: Mapping[str, str],
     endpoint: str,
     own_headers: Mapping[str, str],
-    body: bytes | None = None,
+    outcome: Outcome,
     *,
+    body: bytes | None = None,
+    without: Iterable[str] = (),
+    deadline_s: float,
     is_optional: bool = False,
+    clients_credential: bool = False,
 ) -> web.StreamResponse:
     """Send the request to ``url`` and its reply back.
 
     Args:   body: instead of the request's own, when that was read already.
             endpoint: what error messages call the upstream.
+            without: further headers of the client's that stay here (lower case).
+            deadline_s: when the head of the reply has to be there.
             is_optional: not every server has this path; say so clearly.
+            clients_credential: a 401 is for the client.
     Raises: UnknownPath: this one has not.
-            UpstreamUnreachable: before anything was said to the client.
-            ConnectionError: the client is gone.
+            UpstreamFault: before anything was said to the client.
+            ConnectionError: the client is gone, or the reply broke off.
     """
-    without = (*_NOT_UP, "content-length") if body is not None else _NOT_UP
-    headers = dict(end_to_end(request.headers.items(), without=without))
-    headers |= {"Accept-Encoding": "identity", **credentials}
-    has_body = request.can_read_body if body is None else True
-    content = body if body is not None else _chunks(request) if has_body else None
-    async with upstream.open(
-        url, headers, content, endpoint, method=request.method, unpack=False
-    ) as reply:
-        if is_optional and reply.status in (404, 405, 501):
-            raise UnknownPath(
-                f"upstream {endpoint} does not serve {request.path}: it answered "
-                f"{reply.status}"
-            )
-        down = end_to_end(reply.pairs, without=_NOT_DOWN)
-        response = web.StreamResponse(status=reply.status, headers=down)
-        response.headers.update(own_headers)
-        response.headers.popall("Content-Length", None)
-        length = reply.header("content-length")
-        if length.isdigit():
-            response.content_length = int(length)
-        elif request.version == (1, 1) and _may_have_body(request, reply.status):
-            response.enable_chunked_encoding()
-        await response.prepare(request)
-        try:
-            while data := await reply.read():
-                await response.write(data)
-        except UpstreamTruncated:
-            # The client must see that it is not whole; nothing else can be said.
-            if request.transport is not None:
-                request.transport.abort()
-            raise
-        await response.write_eof()
+    content = _chunks(request) if body is None and request.can_read_body else body
+    headers = _up(request, credentials, without, is_read=body is not None)
+    try:
+        async with asyncio.timeout_at(deadline_s) as clock:
+            async with upstream.open(
+                url, headers, content, endpoint, method=request.method, unpack=False
+            ) as reply:
+                clock.reschedule(None)
+                outcome.upstream_status = reply.status
+                _check(reply, request.path, endpoint, is_optional, clients_credential)
+                return await _pass_down(request, reply, own_headers, outcome)
+    except TimeoutError:
+        raise DeadlineExceeded(
+            f"context deadline exceeded: upstream {endpoint} did not answer in time"
+        ) from None
+
+
+def _up(
+    request: web.BaseRequest,
+    credentials: Mapping[str, str],
+    without: Iterable[str],
+    *,
+    is_read: bool,
+) -> dict[str, str]:
+    """The headers for the upstream; of several of one name, one with all values."""
+    gone = {*_NOT_UP, *without, *(name.lower() for name in credentials)}
+    if is_read or _is_unpacked(request):
+        # The body is not the one that these were about.
+        gone |= {"content-length", "content-encoding"}
+    headers: dict[str, str] = {}
+    for name, value in end_to_end(request.headers.items(), without=gone):
+        name = name.title()
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers | {"Accept-Encoding": "identity", **credentials}
+
+
+def _is_unpacked(request: web.BaseRequest) -> bool:
+    """Whether aiohttp's server has undone the body's encoding."""
+    return request.headers.get("Content-Encoding", "").lower() in _UNPACKED
+
+
+def _check(
+    reply: UpstreamReply,
+    path: str,
+    endpoint: str,
+    is_optional: bool,
+    clients_credential: bool,
+) -> None:
+    if is_optional and reply.status in (404, 405, 501):
+        raise UnknownPath(
+            f"upstream {endpoint} does not serve {path}: it answered {reply.status}"
+        )
+    if reply.status in (401, 403) and not clients_credential:
+        # Our credential was refused, not the client's.
+        raise UpstreamGarbled(f"upstream {endpoint} refused the proxy's credential")
+
+
+async def _pass_down(
+    request: web.BaseRequest,
+    reply: UpstreamReply,
+    own_headers: Mapping[str, str],
+    outcome: Outcome,
+) -> web.StreamResponse:
+    down = end_to_end(reply.pairs, without=_NOT_DOWN)
+    response = web.StreamResponse(status=reply.status, headers=down)
+    response.headers.update(own_headers)
+    response.headers.popall("Content-Length", None)
+    length = reply.header("content-length")
+    if length.isdigit():
+        response.content_length = int(length)
+    elif request.version != (1, 1):
+        response.force_close()
+    elif _may_have_body(request, reply.status):
+        response.enable_chunked_encoding()
+    await response.prepare(request)
+    try:
+        while data := await reply.read():
+            await response.write(data)
+    except UpstreamFault as fault:
+        # The client must see that it is not whole; nothing else can be said.
+        outcome.kind, outcome.error = fault.kind, fault.log_text
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError("aborted") from fault
+    await response.write_eof()
     return response
 
 

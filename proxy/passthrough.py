@@ -17,6 +17,7 @@ from proxy.errors import (
     UpstreamFault,
     UpstreamGarbled,
     UpstreamReported,
+    UpstreamTruncated,
 )
 from proxy.sse import Event, Parser, frame
 
@@ -117,7 +118,7 @@ class PassThrough:
         if self.is_ended:
             return b""
         try:
-            self._reader.eof()
+            self._check_end()
         except UpstreamFault as fault:
             return self._fail(fault)
         self.is_ended = True
@@ -131,9 +132,17 @@ class PassThrough:
         """The upstream's reply cannot go on. Raises like ``receive_data``."""
         if self.is_ended:
             return b""
-        if isinstance(error, UpstreamFault) and self._reader.finished:
+        if isinstance(error, UpstreamFault) and self.is_finishing:
             return self.receive_eof()
         return self._fail(error)
+
+    def _check_end(self) -> None:
+        if self._several and not self._reader.ended:
+            # The reader knows of the first answer only.
+            raise UpstreamTruncated(
+                "upstream closed the stream before the end of the replies"
+            )
+        self._reader.eof()
 
     def _plain_length(self, data: bytes) -> int:
         """Most of a stream only goes on with the answer and need not be parsed."""

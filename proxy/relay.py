@@ -49,6 +49,11 @@ SERVER = f"completions-proxy/{__version__}"
 # What of an upstream's headers may reach the client beside an error.
 _SAFE_HEADERS = ("retry-after", "request-id")
 _SAFE_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-")
+_TOLD_PREFIXES = (
+    *_SAFE_PREFIXES,
+    *("openai-", "x-compute-", "x-total-time", "x-validation-time", "x-queue-time"),
+    *("x-inference-time", "x-time-per-token", "x-prompt-tokens", "x-generated-tokens"),
+)
 
 
 class Relay:
@@ -93,6 +98,7 @@ class Relay:
         self._verbose = verbose
         self._exchange: Exchange | PassThrough | PassedBody | None = None
         self._reply_type = ""
+        self._passed_headers: dict[str, str] = {}
         self._reply_headers = reply_headers
         self._status = 200
         self._loop = asyncio.get_running_loop()
@@ -164,6 +170,8 @@ class Relay:
                 raise await self._status_fault(reply)
             self._status = 200 if self._call.adjust else reply.status
             self._reply_type = reply.header("content-type")
+            if call.native:
+                self._passed_headers = _told(reply.pairs)
             exchange = self._exchange = self._new_exchange()
             is_closing = False
             out = b""
@@ -252,7 +260,14 @@ class Relay:
         passed = not isinstance(self._exchange, Exchange)
         if adjusted := self._adjusted():
             headers["X-Proxy-Adjusted"] = ", ".join(adjusted)
-        if isinstance(self._exchange, PassedBody) or not self._completion.stream:
+        is_stream = (
+            self._completion.stream
+            if isinstance(self._exchange, Exchange)
+            else isinstance(self._exchange, PassThrough)
+        )
+        if passed:
+            headers = self._passed_headers | headers
+        if not is_stream:
             headers["Content-Type"] = self._reply_type if passed else JSON
             return web.Response(status=self._status, body=out, headers=headers)
         headers = {**self._writer.stream_headers, **headers}
@@ -315,6 +330,17 @@ class Relay:
 def own_headers(exchange_id: str) -> dict[str, str]:
     """What every reply of an exchange carries."""
     return {"Server": SERVER, "X-Request-Id": exchange_id}
+
+
+def _told(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """What a reply that passes through keeps of its headers: what it says of itself."""
+    return {
+        name: value
+        for name, value in headers
+        if name.lower().startswith(_TOLD_PREFIXES)
+        and value.isascii()
+        and value.isprintable()
+    }
 
 
 def _safe(headers: Iterable[tuple[str, str]]) -> dict[str, str]:

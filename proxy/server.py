@@ -11,10 +11,11 @@ import os
 import random
 import re
 from collections.abc import Iterator, Mapping
+from urllib.parse import unquote
 
 import aiohttp
 from aiohttp import web
-from msgspec import DecodeError, json, structs
+from msgspec import json, structs
 
 from proxy import __version__, pages, routes
 from proxy.auth import Access, credential
@@ -44,7 +45,7 @@ from proxy.log import ExchangeLog
 from proxy.modelconfig.resolved import Endpoint, Model, Provider as ProviderSettings
 from proxy.outcome import Outcome
 from proxy.providers import PROVIDERS
-from proxy.providers.base import Asked, Call, pass_on
+from proxy.providers.base import Asked, Call, pass_on, token_query
 from proxy.redact import Redactor
 from proxy.relay import LAST_WRITE_S, SERVER, Relay, own_headers
 from proxy.upstream import Upstream
@@ -59,7 +60,10 @@ MESSAGE_CHARS = 2000
 # aiohttp would log each malformed request with a traceback, headers included.
 _http_logger = logging.getLogger("proxy.http")
 _http_logger.addFilter(lambda record: not record.exc_info)
+_NO_PATH = Reply(400, "text/plain; charset=utf-8", b"the request names no path\n")
 _HEALTHY = Reply(200, "text/plain; charset=utf-8", __version__.encode())
+_PRINTABLE_PATH = re.compile(r"/[!-~]*")
+_MOST_ENCODINGS = 4
 _DUPLICATE_SLASHES = re.compile(r"/{2,}")
 
 
@@ -103,6 +107,8 @@ class Proxy:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request, whatever happens, and write its log line."""
         path = _DUPLICATE_SLASHES.sub("/", request.path)
+        if not path.startswith("/"):  # "*", or a whole URL without a path
+            return await _send(request, _NO_PATH, {"Server": SERVER})
         if path == "/healthz":
             return await _send(request, _HEALTHY, {"Server": SERVER})
         outcome = Outcome(id=f"{random.getrandbits(64):016x}", route=path)
@@ -391,7 +397,9 @@ class _Page(_Handling):
             return await self._forward("/health")
         if is_get and path == "/info" and not self._is_tgi():
             return await self._say(pages.info(models.choose("chat", "", False)))
-        return await self._forward(routes.FORWARDED.get(path, path))
+        # An unknown path is handed on as it came, not as it reads.
+        raw_path = self._request.rel_url.raw_path
+        return await self._forward(routes.FORWARDED.get(path, raw_path))
 
     def _is_known(self) -> bool:
         path, is_get = self._path, self._request.method in ("GET", "HEAD")
@@ -399,8 +407,9 @@ class _Page(_Handling):
             return True
         if is_get and (path in ("/", "/v1/limits") or path.startswith(_MODEL_LISTS)):
             return True
-        # What is ours is never somebody else's, whatever it may become.
-        return self._proxy.settings.passthrough and not path.startswith("/.api/")
+        return self._proxy.settings.passthrough and _is_forwardable(
+            self._request.rel_url.raw_path
+        )
 
     async def _say(self, reply: Reply) -> web.StreamResponse:
         if self._refusal is not None:
@@ -418,19 +427,26 @@ class _Page(_Handling):
         body, model = await self._named_model(path)
         settings = proxy.models.providers[model.provider_id]
         provider, endpoint = proxy.providers[settings.id], self._endpoint(settings)
-        call = provider.credentials(endpoint)
-        url = f"{provider.root(endpoint).rstrip('/')}{path}"
+        if body is None:
+            self._continue()
         query = self._request.rel_url.raw_query_string
+        queries = (query, token_query(endpoint))
+        whole_query = "&".join(part for part in queries if part)
+        url = f"{provider.root(endpoint).rstrip('/')}{path}"
         try:
             return await forward(
                 self._request,
                 proxy.upstream,
-                f"{url}?{query}" if query else url,
-                call,
+                f"{url}?{whole_query}" if whole_query else url,
+                provider.credentials(endpoint),
                 endpoint.name,
                 own_headers(self._outcome.id),
-                body,
+                self._outcome,
+                body=body,
+                without=(proxy.settings.auth_header.lower(),),
+                deadline_s=self._started_s + self._timeout_s("chat"),
                 is_optional=self._path in routes.FORWARDED,
+                clients_credential=settings.client_credentials,
             )
         except UpstreamUnreachable as error:
             if path == "/health":
@@ -443,15 +459,15 @@ class _Page(_Handling):
         if path not in _WITH_MODEL or self._request.method != "POST":
             return None, default
         body = await self._read_body()
-        try:
-            fields = decode_fields(body)
-            name = str(json.decode(fields["model"])) if "model" in fields else ""
-        except DecodeError as error:
-            raise InvalidRequest(f"could not decode request body: {error}") from None
+        fields = decode_fields(body)
+        name = json.decode(fields["model"]) if "model" in fields else ""
+        if not isinstance(name, str | None):
+            raise InvalidRequest("model: expected a text")
+        name = name or ""
         model = models.choose("chat", name, False)
         self._outcome.model = model.ref
         word = model.api_model or model.name
-        if "model" in fields and name != word:
+        if name and name != word:
             fields["model"] = raw(word)
             body = encode_fields(fields)
         return body, model
@@ -470,6 +486,24 @@ class _Page(_Handling):
                     )
                 found += pages.reported(settings.id, body)
         return [model for model in found if model.id not in known]
+
+
+def _is_forwardable(raw_path: str) -> bool:
+    """Whether a path may go to an upstream: none of ours, in no disguise."""
+    path = raw_path
+    for _ in range(_MOST_ENCODINGS):
+        decoded = unquote(path, errors="replace")
+        if decoded == path:
+            break
+        path = decoded
+    else:
+        return False
+    segments = path.replace("\\", "/").lower().split("/")
+    return (
+        _PRINTABLE_PATH.fullmatch(raw_path) is not None
+        and not {".", ".."} & set(segments)
+        and next(filter(None, segments), "") != ".api"
+    )
 
 
 def _too_large(limit: int) -> PayloadTooLarge:

@@ -1,6 +1,7 @@
 """Drop-in clients over real sockets: what passes, what is translated, who is let in."""
 
 import asyncio
+import gzip
 import hashlib
 import itertools
 import json
@@ -12,6 +13,7 @@ from tests.support.client import RawReply, connect, request, stream
 from tests.support.fixtures import Block, Starter, load, model_configuration, running
 from tests.support.upstream import (
     Hang,
+    Pause,
     ScriptedUpstream,
     Wait,
     anthropic_events,
@@ -564,3 +566,169 @@ async def test_pipelined_requests_get_their_own_replies(start: Starter, upstream
 def test_chunk_helpers_speak_openai():
     assert data({"a": 1}).startswith(b"data: ")
     assert openai_chunk(None, usage={}).count(b"choices") == 1
+
+
+# -------------------------------------------------------- what once went wrong: kept out
+
+
+async def test_packed_body_cannot_hide_another_request(start: Starter, upstream):
+    upstream.script(json_reply(["ok"]))
+    proxy = await start(model_configuration(upstream.url))
+    hidden = b"GET /evil HTTP/1.1\r\nHost: x\r\n\r\n"
+    for filler in range(200):
+        body = b"x" * filler
+        if len(gzip.compress(body + hidden)) == len(body):
+            break
+    packed = gzip.compress(body + hidden)
+    raw = await request(
+        proxy.url, path="/tokenize", body=packed, headers={"Content-Encoding": "gzip"}
+    )
+    assert raw.status == 200
+    assert [r.path for r in upstream.requests] == ["/tokenize"]
+    assert upstream.last.body == body + hidden
+    assert upstream.last.header("content-encoding") is None
+
+
+async def test_broken_reply_is_broken_off_when_handed_on(start: Starter, upstream):
+    upstream.script([sse_head(), chunk(b"hello"), Pause(0.02), b"zz\r\n", Hang()])
+    proxy = await start(model_configuration(upstream.url))
+    raw = await request(proxy.url, path="/tokenize", body=b"{}", allow_truncated=True)
+    assert raw.body == b"hello" and not raw.complete
+    assert proxy.outcomes[-1]["kind"] == "upstream_garbled"
+
+
+async def test_token_in_a_header_of_one_s_own_stays_here(start: Starter, upstream):
+    upstream.script(json_reply([]))
+    block = model_configuration(upstream.url)
+    proxy = await start(block, auth=AUTH | {"header": "X-Team-Token"})
+    headers = {"X-Team-Token": TOKEN, "x-goog-api-key": "mine"}
+    raw = await post(proxy.url, "/tokenize", {}, **headers)
+    assert raw.status == 200
+    assert TOKEN not in str(upstream.last.headers)
+    assert upstream.last.header("x-goog-api-key") is None
+
+
+RAW_PATHS = ["/a%20b", "/a%3Fb=c", "/a%23b", "/a%2Fb", "/a%25b", "/caf%C3%A9", "/a//b"]
+
+
+@pytest.mark.parametrize("path", RAW_PATHS)
+async def test_paths_are_handed_on_as_they_came(start: Starter, upstream, path):
+    upstream.script(json_reply([]))
+    proxy = await start(model_configuration(upstream.url), passthrough=True)
+    assert (await request(proxy.url, "GET", path)).status == 200
+    assert upstream.last.path == path
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/%2e%2e/up",
+        "/x/../.api/y",
+        "/./.api/x",
+        "/%2E%2E%2F.api/x",
+        "/.api",
+        "/.API/x",
+        "/%252e%252e/x",
+        "//.api/x",
+        "/\\.api/x",
+    ],
+)
+async def test_paths_in_disguise_are_not_handed_on(start: Starter, upstream, path):
+    proxy = await start(model_configuration(upstream.url), passthrough=True)
+    raw = await request(proxy.url, "GET", path)
+    assert raw.status in (400, 404)
+    assert upstream.requests == []
+
+
+@pytest.mark.parametrize("target", ["*", "http://evil.com", "evil.com:443"])
+async def test_request_targets_without_a_path(start: Starter, upstream, target):
+    proxy = await start(model_configuration(upstream.url), passthrough=True)
+    method = "CONNECT" if target.endswith("443") else "OPTIONS"
+    raw = await request(proxy.url, method, target)
+    assert raw.status in (400, 404)
+    assert "Server got itself in trouble" not in raw.text
+    assert upstream.requests == []
+
+
+async def test_stream_to_a_plain_request_with_adjust_off(start: Starter, upstream):
+    events = openai_chunks(["a", "b", "c"])
+    upstream.script(sse(*events))
+    proxy = await start(model_configuration(upstream.url), **OFF)
+    raw = await post(proxy.url, CHAT, ASK)
+    assert raw.body == b"".join(events)
+
+
+async def test_expect_100_continue_of_what_is_handed_on(start: Starter, upstream):
+    upstream.script(json_reply(["ok"]))
+    proxy = await start(model_configuration(upstream.url))
+    port = int(proxy.url.rpartition(":")[2])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(
+        b"POST /tokenize HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+        b"Content-Length: 2\r\n\r\n"
+    )
+    interim = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 2)
+    assert interim == b"HTTP/1.1 100 Continue\r\n\r\n"
+    writer.write(b"{}")
+    final = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 2)
+    assert final.startswith(b"HTTP/1.1 200 OK\r\n")
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_silent_upstream_of_what_is_handed_on(start: Starter, upstream):
+    upstream.script([Hang()])
+    proxy = await start(model_configuration(upstream.url))
+    raw = await request(
+        proxy.url, "GET", "/upstream/metrics", headers={"X-Timeout-Ms": "100"}
+    )
+    assert raw.status == 504
+    await upstream.closed()
+
+
+async def test_401_of_what_is_handed_on_is_not_the_client_s(start: Starter, upstream):
+    upstream.script(json_reply({"error": "no"}, 401))
+    block = model_configuration(upstream.url)
+    proxy = await start(block)
+    raw = await post(proxy.url, "/v1/embeddings", {"model": "large"})
+    assert raw.status == 502
+    assert proxy.outcomes[-1]["upstream_status"] == 401
+    raw = await post(
+        (await start(block, **CLIENTS)).url,
+        "/v1/embeddings",
+        {"model": "large"},
+        Authorization="Bearer x",
+    )
+    assert raw.status == 401
+
+
+async def test_credential_in_a_query_is_handed_on_too(start: Starter, upstream):
+    upstream.script(json_reply([]))
+    endpoints = [
+        {"url": f"{upstream.url}/v1", "accessToken": "t1", "accessTokenQuery": "key"}
+    ]
+    proxy = await start(model_configuration(upstream.url, endpoints=endpoints))
+    await post(proxy.url, "/tokenize?a=b", {})
+    assert upstream.last.path == "/tokenize?a=b&key=t1"
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"\xff":1}', b'{"a":' * 3000, b'{"model":7}', b"[1]", b""]
+)
+async def test_odd_bodies_are_the_client_s_mistake(start: Starter, upstream, body):
+    upstream.script(json_reply({}))
+    proxy = await start(model_configuration(upstream.url))
+    for path in (CHAT, "/v1/embeddings", "/v1/messages", "/generate"):
+        raw = await post(proxy.url, path, body)
+        assert raw.status in (400, 422), path
+    assert all(line["kind"] != "internal" for line in proxy.outcomes)
+
+
+async def test_headers_of_a_reply_that_passes(start: Starter, upstream):
+    headers = {"x-ratelimit-remaining": "9", "x-compute-time": "1", "x-private": "1"}
+    upstream.script(sse(*openai_chunks(["a"]), headers=headers))
+    proxy = await start(model_configuration(upstream.url))
+    raw = await post(proxy.url, CHAT, ASK | {"stream": True})
+    assert raw.header("x-ratelimit-remaining") == "9"
+    assert raw.header("x-compute-time") == "1"
+    assert raw.header("x-private") is None

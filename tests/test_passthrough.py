@@ -3,7 +3,6 @@
 import itertools
 import json
 
-import msgspec
 import pytest
 from hypothesis import given, strategies as st
 
@@ -19,7 +18,12 @@ from proxy.dialects.anthropic_incoming import Messages
 from proxy.dialects.base import Head
 from proxy.dialects.openai import OpenAIReader
 from proxy.dialects.openai_incoming import ChatCompletions
-from proxy.errors import UpstreamFault, UpstreamReported, UpstreamTruncated
+from proxy.errors import (
+    InvalidRequest,
+    UpstreamFault,
+    UpstreamReported,
+    UpstreamTruncated,
+)
 from proxy.passthrough import PassedBody, PassThrough
 from tests.support import recording
 from tests.support.upstream import (
@@ -200,6 +204,22 @@ def test_several_answers_are_not_ended_by_the_first():
     assert passing.receive_data(rest) == rest
 
 
+@pytest.mark.parametrize("end", ["eof", "failure"])
+def test_several_answers_cut_after_the_first_are_an_error(end):
+    choices = [
+        {"index": 0, "delta": {"content": "a"}},
+        {"index": 0, "delta": {}, "finish_reason": "stop"},
+        {"index": 1, "delta": {"content": "b"}},
+    ]
+    passing = subject(several=True)
+    out = b"".join(passing.receive_data(data({"choices": [c]})) for c in choices)
+    if end == "eof":
+        out += passing.receive_eof()
+    else:
+        out += passing.receive_failure(UpstreamTruncated("cut"))
+    assert "error" in values_of(out)[-1] and b"[DONE]" not in out
+
+
 def test_anthropic_error_of_another_shape_gets_the_envelope():
     events = anthropic_events(["a"])
     passing = subject(dialect="anthropic")
@@ -262,7 +282,7 @@ def test_error_in_a_body_of_status_200():
         ("tgi", '{"top_p":0.0}', "{}", ["request.top_p"]),
         ("tgi", '{"top_p":0.90}', '{"top_p":0.90}', []),
         ("tgi", '{"presence_penalty":0}', "{}", ["request.presence_penalty"]),
-        ("tgi", '{"presence_penalty":0.5}', '{"presence_penalty":0.5}', []),
+        ("tgi", '{"presence_penalty":0.5}', "{}", ["request.presence_penalty"]),
         ("tgi", '{"stop":"x"}', '{"stop":["x"]}', ["request.stop"]),
         ("tgi", '{"stop":["x"]}', '{"stop":["x"]}', []),
         ("tgi", '{"stream":null}', "{}", ["request.stream"]),
@@ -338,8 +358,10 @@ def test_what_is_not_fixed_keeps_its_bytes(fields):
 
 
 def test_fields_must_be_an_object():
-    with pytest.raises(msgspec.DecodeError):
-        decode_fields(b"[1]")
+    for body in (b"[1]", b'{"\xff":1}', b"", b'{"a":' * 5000):
+        with pytest.raises(InvalidRequest) as caught:
+            decode_fields(body)
+        assert caught.value.message.startswith("could not decode request body: ")
 
 
 def test_openai_chunk_helper_has_an_id():

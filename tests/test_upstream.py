@@ -481,3 +481,123 @@ async def test_cancelled_while_waiting_for_the_head(client, upstream):
     with pytest.raises(asyncio.CancelledError):
         await asking
     await upstream.closed(within_s=0.1)
+
+
+# -------------------------------------------------------- what once went wrong: kept out
+
+
+async def test_reply_left_while_it_was_held_back_is_not_kept(client, upstream):
+    upstream.script(reply(404, {}, b"x" * 120_000))
+    async with client.open(upstream.url, {}, b"", "there") as got:
+        assert got.status == 404
+    upstream.script(json_reply({}))
+    status, _ = await asyncio.wait_for(fetch(client, upstream.url), 2)
+    assert status in (200, 404)
+
+
+async def test_connection_with_an_unsent_request_is_not_kept(client):
+    async def early(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
+        await asyncio.Event().wait()
+
+    async with serving(early) as there:
+        body = b"x" * 20_000_000
+        assert await fetch(client, f"http://{there}", body) == (413, b"no")
+        answer = await asyncio.wait_for(fetch(client, f"http://{there}"), 2)
+        assert answer == (413, b"no")
+
+
+@pytest.mark.parametrize("given", [b"longer than it says", b"x"])
+async def test_body_that_is_not_as_long_as_its_head_says(client, given):
+    received = b""
+
+    async def note(reader, writer):
+        nonlocal received
+        while data := await reader.read(1000):
+            received += data
+
+    async with serving(note) as there:
+        with pytest.raises(UpstreamFault):
+            async with client.open(
+                f"http://{there}", {"Content-Length": "5"}, pieces(given), "there"
+            ):
+                pass
+        await asyncio.sleep(0.02)
+    assert b"longer" not in received
+
+
+async def test_idle_connections_are_closed_in_time(upstream, monkeypatch):
+    monkeypatch.setattr("proxy.upstream.client.IDLE_S", 0.05)
+    client = Upstream(2.0)
+    upstream.script([Pause(0.02), json_reply({})])
+    await asyncio.gather(*(fetch(client, upstream.url) for _ in range(10)))
+    assert upstream.open == 10
+    await upstream.idle(within_s=0.5)
+    await client.close()
+
+
+async def test_head_without_an_end(client):
+    async def endless(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nX: ")
+        while not writer.is_closing():
+            writer.write(b"y" * 10_000)
+            await asyncio.sleep(0)
+
+    async with serving(endless) as there:
+        with pytest.raises(UpstreamUnreachable):
+            await asyncio.wait_for(fetch(client, f"http://{there}"), 2)
+
+
+async def test_trailers_are_no_headers(client, upstream):
+    upstream.script(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"2\r\nok\r\n0\r\nContent-Encoding: gzip\r\nX-Evil: 1\r\n\r\n"
+    )
+    async with client.open(upstream.url, {}, b"", "there") as got:
+        assert got.pairs == [("Transfer-Encoding", "chunked")]
+        assert await got.read() == b"ok"
+
+
+@pytest.mark.parametrize("cut", [1, 12, 30])
+async def test_compressed_reply_that_is_cut(client, upstream, cut):
+    packed = gzip.compress(TEXT)[:-cut]
+    upstream.script(reply(200, {"Content-Encoding": "gzip"}, packed))
+    with pytest.raises(UpstreamTruncated):
+        await fetch(client, upstream.url)
+
+
+async def test_compressed_in_other_ways(client, upstream):
+    raw = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    for encoding, body in (
+        ("deflate", raw.compress(TEXT) + raw.flush()),
+        ("gzip", gzip.compress(TEXT[:100]) + gzip.compress(TEXT[100:])),
+        ("gzip", b""),
+    ):
+        upstream.script(reply(200, {"Content-Encoding": encoding}, body))
+        upstream.script(json_reply({}))
+        expected = TEXT if body else b""
+        assert await fetch(client, upstream.url) == (200, expected)
+        await fetch(client, upstream.url)
+        upstream._scripts.clear()
+
+
+async def test_reply_that_ends_with_the_connection_while_we_still_send(client):
+    async def rude(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\nhello")
+        writer.write_eof()
+        await asyncio.Event().wait()
+
+    async with serving(rude) as there:
+        asking = fetch(client, f"http://{there}", b"x" * 20_000_000)
+        assert await asyncio.wait_for(asking, 2) == (200, b"hello")
+
+
+@pytest.mark.parametrize("path", ["/a b", "/a\x7fb"])
+async def test_url_with_blanks_is_not_sent(client, upstream, path):
+    upstream.script(json_reply({}))
+    with pytest.raises(UpstreamUnreachable):
+        await fetch(client, upstream.url + path)
+    assert upstream.requests == []

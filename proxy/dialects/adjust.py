@@ -15,6 +15,7 @@ from typing import TypeAlias
 import msgspec
 
 from proxy.dialects.fault import replace_surrogates
+from proxy.errors import InvalidRequest
 
 Fields: TypeAlias = dict[str, msgspec.Raw]
 
@@ -26,8 +27,17 @@ _encode = msgspec.json.Encoder().encode
 
 
 def decode_fields(body: bytes) -> Fields:
-    """Return the fields of a JSON object, each value as the bytes it came in."""
-    return _decode_fields(body)
+    """Return the fields of a JSON object, each value as the bytes it came in.
+
+    Raises: InvalidRequest: it is none.
+    """
+    try:
+        return _decode_fields(body)
+    except RecursionError:
+        reason = "nested too deeply"
+    except (msgspec.DecodeError, UnicodeError) as error:
+        reason = str(error)
+    raise InvalidRequest(f"could not decode request body: {reason}")
 
 
 def encode_fields(fields: Fields) -> bytes:
@@ -98,7 +108,11 @@ def reduce(body: bytes) -> bytes | None:
 
 
 def _value(fields: Fields, key: str) -> object:
-    return msgspec.json.decode(fields[key]) if key in fields else None
+    """None also for what is too odd to decode: then it stays as it is."""
+    try:
+        return msgspec.json.decode(fields[key]) if key in fields else None
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return None
 
 
 def _drop_top_p(fields: Fields) -> bool:
@@ -149,7 +163,9 @@ def _rename_max_tokens(fields: Fields) -> bool:
     """The newer name is unknown to TGI before December 2024."""
     if "max_completion_tokens" not in fields:
         return False
-    fields["max_tokens"] = fields.pop("max_completion_tokens")
+    limit = fields.pop("max_completion_tokens")
+    if bytes(limit) != b"null":
+        fields["max_tokens"] = limit
     return True
 
 
@@ -206,7 +222,8 @@ Fix: TypeAlias = tuple[str, Callable[[Fields], bool]]
 
 _TGI: tuple[Fix, ...] = (
     ("top_p", _drop_top_p),
-    ("presence_penalty", _drop_zero("presence_penalty")),
+    # TGI adds 2 and takes the sum for a repetition penalty: garbage, or an error.
+    ("presence_penalty", _drop("presence_penalty")),
     ("stop", _list_stop),
     ("stream_options", _drop_null("stream_options")),
     ("stream", _drop_null("stream")),

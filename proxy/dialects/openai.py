@@ -43,12 +43,13 @@ class Profile(msgspec.Struct, frozen=True):
     """What one kind of OpenAI-like server accepts in a request.
 
     ``max_stops``: most stop sequences it takes (None: any number); the proxy cuts at
-    the others itself. ``top_k``: it knows the field. ``reasoning_names``: names
+    the others itself. ``top_k``, ``presence_penalty``: it knows the field. ``reasoning_names``: names
     like o3 or gpt-5 mean OpenAI's own models. ``leaks_end``: its completions end with the raw end-of-text token.
     """
 
     max_stops: int | None = None
     top_k: bool = False
+    presence_penalty: bool = True
     reasoning_names: bool = False
     leaks_end: bool = False
 
@@ -137,8 +138,7 @@ def _sampling(request: CompletionRequest, profile: Profile) -> _Body:
         stop=request.stop[: profile.max_stops] or None,
         seed=request.seed,
         frequency_penalty=request.frequency_penalty,
-        # TGI adds 2 and takes the sum for a repetition penalty: 0 gives garbage.
-        presence_penalty=request.presence_penalty or None,
+        presence_penalty=request.presence_penalty if profile.presence_penalty else None,
         stream=request.stream,
         stream_options=_StreamOptions() if request.stream else None,
     )

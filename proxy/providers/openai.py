@@ -27,7 +27,7 @@ from proxy.stops import END_OF_TEXT
 
 # TGI's launcher takes four stop sequences unless --max-stop-sequences says otherwise;
 # any model name but "tgi" means a LoRA adapter to it.
-TGI = Profile(max_stops=4, leaks_end=True)
+TGI = Profile(max_stops=4, presence_penalty=False, leaks_end=True)
 TGI_MODEL = "tgi"
 PATHS = {"openai-chat": "chat/completions", "openai-completions": "completions"}
 # vLLM 0.32 refuses a fifth stop sequence as well; the rest is cut at by the proxy.

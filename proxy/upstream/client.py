@@ -36,6 +36,7 @@ IDLE_MARGIN_S = 1.0
 HAPPY_EYEBALLS_S = 0.25
 # Most that is unpacked at a time: a small reply may stand for a very large one.
 UNPACKED_BYTES = 256 * 1024
+MAX_GET_BYTES = 4 * 1024 * 1024
 
 _TRUNCATED = "upstream connection broke before the end of the reply"
 
@@ -99,26 +100,64 @@ class UpstreamReply:
         try:
             if unpacker is None:
                 return await self._connection.read()
-            while True:
-                data = unpacker.unconsumed_tail or await self._connection.read()
-                if not data:
+            while not (unpacked := unpacker.take()):
+                if not (data := await self._connection.read()):
+                    if not unpacker.is_whole:
+                        raise UpstreamTruncated(_TRUNCATED)
                     return b""
-                if unpacked := unpacker.decompress(data, UNPACKED_BYTES):
-                    return unpacked
+                unpacker.give(data)
+            return unpacked
         except ConnectionFailed as error:
             raise UpstreamTruncated(_TRUNCATED) from error
         except (BadReply, zlib.error) as error:
             raise UpstreamGarbled("upstream sent a body that is broken") from error
 
 
-def _unpacker(encoding: str) -> "zlib._Decompress | None":
+class _Unpacker:
+    """Undoes gzip or deflate a little at a time, several members in a row as well."""
+
+    def __init__(self) -> None:
+        self._wbits = zlib.MAX_WBITS | 32  # gzip or zlib, whichever it is
+        self._inflate = zlib.decompressobj(self._wbits)
+        self._packed = b""
+        self._is_begun = False
+
+    @property
+    def is_whole(self) -> bool:
+        return self._inflate.eof or not self._is_begun
+
+    def give(self, data: bytes) -> None:
+        self._packed += data
+
+    def take(self) -> bytes:
+        """Return some of what can be unpacked, b"" if more has to be given."""
+        while self._packed:
+            if self._inflate.eof:
+                self._inflate = zlib.decompressobj(self._wbits)
+            try:
+                unpacked = self._inflate.decompress(self._packed, UNPACKED_BYTES)
+            except zlib.error:
+                if self._is_begun:
+                    raise
+                # "deflate" without its wrapper, as some servers send it.
+                self._wbits = -zlib.MAX_WBITS
+                self._inflate = zlib.decompressobj(self._wbits)
+                unpacked = self._inflate.decompress(self._packed, UNPACKED_BYTES)
+            self._is_begun = True
+            self._packed = self._inflate.unconsumed_tail or self._inflate.unused_data
+            if unpacked:
+                return unpacked
+        return b""
+
+
+def _unpacker(encoding: str) -> _Unpacker | None:
     """Raises: UpstreamGarbled: identity was asked for, and this is neither that nor
     one of the two encodings that everybody knows.
     """
     if encoding in ("", "identity"):
         return None
     if encoding in ("gzip", "x-gzip", "deflate"):
-        return zlib.decompressobj(zlib.MAX_WBITS | 32)
+        return _Unpacker()
     raise UpstreamGarbled(
         f'upstream sent content encoding "{encoding[:40]}", though none was asked for'
     )
@@ -131,8 +170,13 @@ class Upstream:
         self._connect_s = connect_s
         self._idle: dict[tuple[str, str, int], list[Connection]] = {}
         self._tls: ssl.SSLContext | None = None
+        # Asked for once: CPython 3.11 makes a system call for each answer.
+        self._loop = asyncio.get_running_loop()
+        self._sweeper: asyncio.TimerHandle | None = None
 
     async def close(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
         for connections in self._idle.values():
             for connection in connections:
                 connection.abort()
@@ -168,11 +212,13 @@ class Upstream:
         async with self.open(url, headers, None, endpoint, method="GET") as reply:
             while reply.status == 200 and (data := await reply.read()):
                 body += data
+                if len(body) > MAX_GET_BYTES:
+                    raise UpstreamGarbled("upstream reply is too long")
         return body
 
     def take_idle(self, target: _Target) -> Connection | None:
         connections = self._idle.get(target.key)
-        now_s = asyncio.get_running_loop().time()
+        now_s = self._loop.time()
         while connections:
             connection = connections.pop()
             if connection.is_open and now_s < connection.idle_until_s:
@@ -188,12 +234,33 @@ class Upstream:
         connection.release()
         given = connection.keep_alive_s
         idle_s = IDLE_S if given is None else min(given - IDLE_MARGIN_S, IDLE_S)
-        connection.idle_until_s = asyncio.get_running_loop().time() + idle_s
+        connection.idle_until_s = self._loop.time() + idle_s
         self._idle.setdefault(target.key, []).append(connection)
+        if self._sweeper is None:
+            self._sweeper = self._loop.call_later(IDLE_S, self._sweep)
+
+    def _sweep(self) -> None:
+        """Close what nobody has asked for: the last one in is the first one out, so
+        the first ones in would lie there for ever.
+        """
+        self._sweeper = None
+        now_s = self._loop.time()
+        for key, connections in list(self._idle.items()):
+            kept = []
+            for connection in connections:
+                if connection.is_open and now_s < connection.idle_until_s:
+                    kept.append(connection)
+                else:
+                    connection.abort()
+            self._idle[key] = kept
+            if not kept:
+                del self._idle[key]
+        if self._idle:
+            self._sweeper = self._loop.call_later(IDLE_S, self._sweep)
 
     async def connect(self, target: _Target) -> Connection:
         """Raises: OSError, TimeoutError, ssl.SSLError."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         async with asyncio.timeout(self._connect_s):
             addresses = await _resolve(target)
             raw = await aiohappyeyeballs.start_connection(
@@ -308,8 +375,13 @@ class _Call:
         if isinstance(self._body, bytes | None):
             connection.send(head, self._body or b"", bodiless=self._method == "HEAD")
         else:
-            chunked = b"\r\ntransfer-encoding: chunked\r\n" in head.lower()
-            connection.send_stream(head, self._body, chunked=chunked)
+            length = self._headers.get("Content-Length")
+            connection.send_stream(
+                head,
+                self._body,
+                length=None if length is None else int(length),
+                bodiless=self._method == "HEAD",
+            )
         try:
             await connection.head()
         except BadReply as error:
@@ -328,11 +400,13 @@ class _Call:
             lines.append(f"Authorization: Basic {target.basic}")
         if isinstance(body, bytes):
             lines.append(f"Content-Length: {len(body)}")
-        elif body is not None and "content-length" not in names:
+        elif body is not None and "Content-Length" not in self._headers:
             lines.append("Transfer-Encoding: chunked")
         text = "\r\n".join(lines)
         if text.count("\n") != len(lines) - 1 or "\0" in text:
             raise UpstreamUnreachable("a header for the upstream holds a line end")
+        if lines[0].count(" ") != 2 or not target.path.isprintable():
+            raise UpstreamUnreachable("the upstream's URL holds blanks")
         return f"{text}\r\n\r\n".encode("utf-8", "surrogateescape")
 
     def _drop(self) -> None:

@@ -51,6 +51,7 @@ class Connection(asyncio.Protocol):
         self._ends_with_connection = False
         self._is_spoilt = False  # it must not carry another request
         self._head_bytes = 0
+        self._unfinished_bytes = 0  # of a head that has not ended, as they came
         self._chunks: list[bytes] = []
         self._size = 0
         self._is_paused = False
@@ -71,13 +72,21 @@ class Connection(asyncio.Protocol):
         self._transport.write(head + body if body else head)
 
     def send_stream(
-        self, head: bytes, body: AsyncIterator[bytes], *, chunked: bool
+        self,
+        head: bytes,
+        body: AsyncIterator[bytes],
+        *,
+        length: int | None,
+        bodiless: bool = False,
     ) -> None:
-        """Send a request whose body comes in pieces; the reply may come before it."""
-        self._begin(False)
+        """Send a request whose body comes in pieces; the reply may come before it.
+
+        Args: length: what the head says the body's length is, None if it is chunked.
+        """
+        self._begin(bodiless)
         assert self._transport is not None
         self._transport.write(head)
-        self._sending = self._loop.create_task(self._send_pieces(body, chunked))
+        self._sending = self._loop.create_task(self._send_pieces(body, length))
 
     def _begin(self, bodiless: bool) -> None:
         self.status = 0
@@ -86,15 +95,25 @@ class Connection(asyncio.Protocol):
         self._is_busy = True
         self._is_head_in = self._is_complete = False
         self._is_bodiless = bodiless
-        self._head_bytes = 0
+        self._head_bytes = self._unfinished_bytes = 0
+        self._chunks = []
+        self._size = 0
+        self._is_paused = False
 
-    async def _send_pieces(self, body: AsyncIterator[bytes], chunked: bool) -> None:
+    async def _send_pieces(
+        self, body: AsyncIterator[bytes], length: int | None
+    ) -> None:
         transport = self._transport
         assert transport is not None
+        chunked, left = length is None, length or 0
         try:
             async for piece in body:
                 if not piece:
                     continue
+                left -= len(piece)
+                if not chunked and left < 0:
+                    # What is too much would be the beginning of another request.
+                    raise ValueError("the body is longer than its head says")
                 transport.write(
                     b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece
                 )
@@ -105,6 +124,8 @@ class Connection(asyncio.Protocol):
                     return
             if chunked:
                 transport.write(b"0\r\n\r\n")
+            elif left:
+                raise ValueError("the body is shorter than its head says")
         except Exception as error:
             # The body's source failed: what was announced will never be whole.
             self._fail(ConnectionFailed(str(error)))
@@ -146,7 +167,12 @@ class Connection(asyncio.Protocol):
             self._is_complete
             and self.is_open
             and not self._is_spoilt
+            and not self._is_paused
+            and not self._chunks
             and self._error is None
+            # A server may answer before it has read all of the request.
+            and self._transport is not None
+            and self._transport.get_write_buffer_size() == 0
             and (self._sending is None or self._sending.done())
         )
 
@@ -220,6 +246,11 @@ class Connection(asyncio.Protocol):
             else:
                 self._fail(BadReply(str(error)))
                 self.abort()
+        if not self._is_head_in and self._error is None:
+            self._unfinished_bytes += len(data)
+            if self._unfinished_bytes > MAX_HEAD_BYTES:
+                self._fail(BadReply("its head is too long"))
+                self.abort()
         if self._lingerer is not None:
             if self._is_complete or self._size > LINGER_BYTES:
                 self._stop_lingering()
@@ -228,6 +259,13 @@ class Connection(asyncio.Protocol):
             self._is_paused = True
             self._transport.pause_reading()
         self._wake()
+
+    def eof_received(self) -> None:
+        # Else the loop would wait until all of our request is out, and the server may
+        # have no mind to read it.
+        self.connection_lost(None)
+        if self._transport is not None:
+            self._transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.is_open = False
@@ -254,11 +292,13 @@ class Connection(asyncio.Protocol):
             self._is_spoilt = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_head_in or self._is_complete:
+            return  # a trailer: nothing of it may pass for a header
         self._head_bytes += len(name) + len(value) + 4
         if self._head_bytes > MAX_HEAD_BYTES:
             self._fail(BadReply("its head is too long"))
             self.abort()
-        elif not self._is_complete:
+        else:
             self.headers.append((name.decode("latin-1"), value.decode("latin-1")))
 
     def on_headers_complete(self) -> None:
@@ -268,7 +308,8 @@ class Connection(asyncio.Protocol):
         if self.status < 200:
             return
         names = {name.lower(): value for name, value in self.headers}
-        framed = "content-length" in names or "transfer-encoding" in names
+        chunked = "chunked" in names.get("transfer-encoding", "").lower()
+        framed = chunked or "content-length" in names
         self._ends_with_connection = not framed and self.status not in (204, 304)
         self.keep_alive_s = _timeout_of(names.get("keep-alive", ""))
         self._is_head_in = True
