@@ -4,7 +4,8 @@ Lines go to a text stream; a reader that is gone or full must not stop the proxy
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import TextIO
 
 import msgspec
@@ -16,14 +17,28 @@ _encode = msgspec.json.Encoder().encode
 
 
 class ExchangeLog:
-    """Args: stream: where lines go; redact: takes secrets out of payloads."""
+    """Args:
 
-    def __init__(self, stream: TextIO, redact: Redactor) -> None:
+    stream: where lines go.
+    redact: takes secrets out of payloads.
+    later:  calls a function in a moment, so that the lines of many exchanges leave in
+            one piece; without it each leaves at once.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO,
+        redact: Redactor,
+        later: Callable[[Callable[[], None]], object] | None = None,
+    ) -> None:
         self._stream = stream
         self._redact = redact
+        self._later = later
+        self._lines: list[bytes] = []
 
     def outcome(self, outcome: Outcome) -> None:
-        self._write({"event": "exchange", **msgspec.structs.asdict(outcome)})
+        outcome.time = _now()
+        self._put(_encode(outcome))
 
     def upstream_request(
         self, id: str, url: str, headers: Mapping[str, str], body: bytes
@@ -56,12 +71,32 @@ class ExchangeLog:
         return self._redact(data.decode(errors="replace"))
 
     def _write(self, fields: dict[str, object]) -> None:
-        now = time.time()
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
-        line: dict[str, object] = {"time": f"{moment}.{int(now % 1 * 1000):03}Z"}
+        line: dict[str, object] = {"time": _now()}
         line |= {name: v for name, v in fields.items() if v not in (None, "", [])}
+        self._put(_encode(line))
+
+    def _put(self, line: bytes) -> None:
+        self._lines.append(line)
+        if self._later is None:
+            self.flush()
+        elif len(self._lines) == 1:
+            self._later(self.flush)
+
+    def flush(self) -> None:
+        text = "".join(f"{line.decode()}\n" for line in self._lines)
+        self._lines.clear()
         try:
-            self._stream.write(_encode(line).decode() + "\n")
+            self._stream.write(text)
             self._stream.flush()
         except (OSError, ValueError):
             pass  # a broken pipe or a closed stream: serving matters more
+
+
+@lru_cache(maxsize=2)
+def _second(whole_s: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole_s))
+
+
+def _now() -> str:
+    now_s = time.time()
+    return f"{_second(int(now_s))}.{int(now_s % 1 * 1000):03}Z"

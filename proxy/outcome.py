@@ -3,23 +3,26 @@
 import msgspec
 
 
-class Outcome(msgspec.Struct, omit_defaults=True):
+class Outcome(
+    msgspec.Struct, kw_only=True, omit_defaults=True, tag_field="event", tag="exchange"
+):
     """One per request, filled in on its way.
 
-    ``kind`` is ``ok``, ``client_gone``, or the ``kind`` of the error that ended it;
+    ``kind`` is ``ok`` (said at the end, if nothing else was), ``client_gone``, or the ``kind`` of the error that ended it;
     ``status`` is what the client got. ``first_token_s`` and ``duration_s`` count from
     the arrival of the request. No field ever holds text of a prompt or an answer.
     """
 
+    time: str = ""
     id: str
     route: str
-    kind: str = "ok"
+    kind: str = ""
     status: int = 0
     api_version: str = ""
     client: str = ""
     user: str = ""
     feature: str = ""
-    stream: bool = False
+    stream: bool | None = None
     model: str = ""
     provider: str = ""
     endpoint: str = ""

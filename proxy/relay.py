@@ -83,6 +83,7 @@ class Relay:
         verbose: bool,
         reply_headers: dict[str, str],
         clients_credential: bool,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._clients_credential = clients_credential
         self.response: web.StreamResponse | None = None
@@ -101,7 +102,7 @@ class Relay:
         self._passed_headers: dict[str, str] = {}
         self._reply_headers = reply_headers
         self._status = 200
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         self._task: asyncio.Task[object] | None = None
         self._is_interrupted = False
 
@@ -120,7 +121,7 @@ class Relay:
                 ConnectionError: the client is gone.
         """
         self._started_s = started_s
-        self._task = asyncio.current_task()
+        self._task = asyncio.current_task(self._loop)
         deadline_s = started_s + timeout_s
         try:
             try:

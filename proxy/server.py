@@ -73,6 +73,8 @@ class Proxy:
     def __init__(
         self, settings: Settings, upstream: Upstream, log: ExchangeLog, redact: Redactor
     ) -> None:
+        # Asked for once: CPython 3.11 makes a system call for each answer.
+        self.loop = asyncio.get_running_loop()
         self.settings = settings
         self.upstream = upstream
         self.log = log
@@ -125,11 +127,12 @@ class Proxy:
             outcome.kind = "client_gone"
             raise
         except ConnectionError:
-            if outcome.kind == "ok":
+            if outcome.kind in ("", "ok"):
                 outcome.kind = "client_gone"
             return web.Response(status=499)  # reaches nobody
         finally:
             outcome.duration_s = handling.elapsed_s()
+            outcome.kind = outcome.kind or "ok"
             self.log.outcome(outcome)
 
 
@@ -149,7 +152,7 @@ class _Handling:
         self._path = path
         self._incoming = incoming
         self._outcome = outcome
-        self._loop = asyncio.get_running_loop()
+        self._loop = proxy.loop
         self._started_s = self._loop.time()
         self._refusal: Unauthorized | None = None
 
@@ -269,6 +272,7 @@ class _Handling:
             verbose=settings.verbose_logs,
             reply_headers=routes.reply_headers(self._path, model),
             clients_credential=settings.client_credentials,
+            loop=proxy.loop,
         )
         timeout_s = self._timeout_s(completion.feature)
         try:
