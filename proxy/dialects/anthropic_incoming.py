@@ -40,9 +40,11 @@ from proxy.dialects.base import (
     Head,
     Reply,
     Writer,
+    client_status,
     error_headers,
+    upstream_words,
 )
-from proxy.dialects.fault import decode_lenient, fault_in
+from proxy.dialects.fault import decode_lenient
 from proxy.errors import (
     InvalidRequest,
     MethodNotAllowed,
@@ -433,24 +435,16 @@ _TYPES = {
 }
 _KNOWN_TYPES = {*_TYPES.values(), "invalid_request_error", "api_error"}
 # An upstream's verdict on the request, which the client can act on.
-_PASSED_ON = {400, 404, 408, 413, 422, 429}
-_CREDENTIAL = {401, 403}
+_PASSED_ON = {400, 401, 403, 404, 408, 413, 422, 429}
 
 
 def _status_of(error: ProxyError) -> int:
     if isinstance(error, UnknownModel):
         return 404
-    if isinstance(error, UpstreamStatus | UpstreamReported):
-        return error.status if _is_passed_on(error) else 502
-    return error.status
-
-
-def _is_passed_on(error: UpstreamStatus | UpstreamReported) -> bool:
-    if error.status in _CREDENTIAL:
-        # Mostly it is the proxy's own that was refused: no news for the client, who
-        # would ask its user for another.
-        return bool(getattr(error, "is_clients_credential", False))
-    return error.status in _PASSED_ON or 500 <= error.status <= 599
+    status = client_status(error)
+    if not isinstance(error, UpstreamStatus | UpstreamReported):
+        return status
+    return status if status in _PASSED_ON or status >= 500 else 502
 
 
 def _type_of(status: int) -> str:
@@ -459,19 +453,10 @@ def _type_of(status: int) -> str:
 
 
 def _text_of(error: ProxyError) -> str:
-    """Return the upstream's own words if there are any.
-
-    They are looked for in ``message`` only, which is what secrets are taken out of:
-    not in ``body``, and ``detail`` counts if ``message`` still contains it.
-    """
+    # The detail may hold what was taken out of the message.
     if isinstance(error, UpstreamReported) and error.detail in error.message:
         return error.detail
-    if isinstance(error, UpstreamStatus):
-        before = f"unexpected status code {error.status}: "
-        fault = fault_in(decode_lenient(error.message.partition(before)[2]))
-        if fault is not None:
-            return fault.detail or error.message
-    return error.message
+    return upstream_words(error)
 
 
 def _envelope(type: str, text: str, more: str = "") -> str:

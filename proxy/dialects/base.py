@@ -17,6 +17,7 @@ from proxy.errors import (
     UpstreamFault,
     UpstreamGarbled,
     UpstreamReported,
+    UpstreamStatus,
     UpstreamTruncated,
 )
 from proxy.sse import Event
@@ -60,6 +61,32 @@ def error_headers(error: ProxyError) -> dict[str, str]:
     if error.status == 429 and "retry-after" not in headers:
         headers["retry-after"] = str(RETRY_AFTER_S)
     return headers
+
+
+def client_status(error: ProxyError) -> int:
+    """The status for clients that know no other way to say an error.
+
+    An upstream's 401 or 403 is a verdict on the proxy's credential; the client would
+    take it for one on its own, which it is only if that was what the upstream got.
+    """
+    is_clients = isinstance(error, UpstreamStatus) and error.is_clients_credential
+    is_verdict = error.status in (401, 403) and not is_clients
+    is_error = 400 <= error.status <= 599
+    if isinstance(error, UpstreamFault) and (is_verdict or not is_error):
+        return 502
+    return error.status
+
+
+def upstream_words(error: ProxyError) -> str:
+    """What the upstream itself said, without what stands around it.
+
+    Out of the message only: no other text of the error went through the redactor.
+    """
+    if not isinstance(error, UpstreamStatus):
+        return error.message
+    said = error.message.partition(f" unexpected status code {error.status}: ")[2]
+    fault = fault_in(decode_lenient(said))
+    return (fault.detail if fault is not None else "") or error.message
 
 
 class Writer(Protocol):

@@ -10,7 +10,15 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from proxy.completion import CompletionRequest, Delta, Feature
-from proxy.dialects.base import JSON, Head, Incoming, Reply, Writer, error_headers
+from proxy.dialects.base import (
+    JSON,
+    Head,
+    Incoming,
+    Reply,
+    Writer,
+    client_status,
+    error_headers,
+)
 from proxy.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -151,14 +159,7 @@ def _error_reply(provider: str, error: ProxyError) -> Reply:
         default = str(_PROVIDERS[provider].retry_after_s)
         headers = {"retry-after": error.headers.get("retry-after", default)}
         return _reply(503, _upstream_text(error), headers)
-    return _reply(_upstream_status(error), _upstream_text(error), error_headers(error))
-
-
-def _upstream_status(error: UpstreamFault) -> int:
-    """Its own, unless the client would take it for a verdict on its own token."""
-    is_clients = isinstance(error, UpstreamStatus) and error.is_clients_credential
-    is_verdict = error.status in (401, 403) and not is_clients
-    return 502 if is_verdict or error.status < 400 else error.status
+    return _reply(client_status(error), _upstream_text(error), error_headers(error))
 
 
 def _upstream_text(error: UpstreamFault) -> str:

@@ -35,6 +35,7 @@ from proxy.dialects.base import (
     Head,
     Reply,
     Writer,
+    client_status,
     error_headers,
 )
 from proxy.dialects.fault import decode_lenient
@@ -42,8 +43,6 @@ from proxy.errors import (
     InvalidRequest,
     MethodNotAllowed,
     ProxyError,
-    UpstreamFault,
-    UpstreamStatus,
 )
 
 # ----------------------------------------------------------------------- request body
@@ -500,13 +499,7 @@ def _error(error: ProxyError) -> dict[str, dict[str, object]]:
 
 
 def _code(error: ProxyError) -> int:
-    """An upstream's 401 or 403 would be taken for a verdict on the client's token,
-    which it is only if the upstream was asked with that."""
-    status = error.status
-    is_clients = isinstance(error, UpstreamStatus) and error.is_clients_credential
-    is_verdict = status in (401, 403) and not is_clients
-    if isinstance(error, UpstreamFault) and (is_verdict or status < 400):
-        return 502
+    status = client_status(error)
     return 429 if status == 529 else status
 
 

@@ -37,8 +37,15 @@ from proxy.completion import (
     ToolResultPart,
     Usage,
 )
-from proxy.dialects.base import JSON, Head, Reply, Writer, error_headers
-from proxy.dialects.fault import decode_lenient, fault_in
+from proxy.dialects.base import (
+    JSON,
+    Head,
+    Reply,
+    Writer,
+    client_status,
+    error_headers,
+    upstream_words,
+)
 from proxy.errors import (
     InvalidRequest,
     MethodNotAllowed,
@@ -503,7 +510,7 @@ def _wants_usage(wire: _Body) -> bool:
 
 # Of an upstream: what tells the client something about its own request, or when to
 # try again. Any 5xx is passed on, too.
-_PASSED_ON = frozenset((400, 404, 408, 409, 413, 422, 429))
+_PASSED_ON = frozenset((400, 401, 403, 404, 408, 409, 413, 422, 429))
 _STATUSES = {"unknown_model": 404}
 _CODES = {"unknown_model": "model_not_found"}
 _TYPES = {
@@ -514,14 +521,10 @@ _TYPES = {
 
 
 def _status(error: ProxyError) -> int:
-    status = error.status
+    status = client_status(error)
     if not isinstance(error, UpstreamStatus | UpstreamReported):
         return _STATUSES.get(error.kind, status)
-    if status in _PASSED_ON or 500 <= status <= 599:
-        return status
-    # A verdict on the proxy's credential; the client would take it for one on its own.
-    clients = getattr(error, "is_clients_credential", False)
-    return status if clients and status in (401, 403) else 502
+    return status if status in _PASSED_ON or status >= 500 else 502
 
 
 def _type(status: int) -> str:
@@ -529,18 +532,9 @@ def _type(status: int) -> str:
     return _TYPES.get(status, kind)
 
 
-def _message(error: ProxyError) -> str:
-    if not isinstance(error, UpstreamStatus):
-        return error.message
-    # Not error.body: only from the message have the secrets been taken out.
-    said = error.message.partition(f" unexpected status code {error.status}: ")[2]
-    fault = fault_in(decode_lenient(said))
-    return fault.detail if fault is not None else error.message
-
-
 def _error(error: ProxyError) -> str:
     fields = {
-        "message": _message(error),
+        "message": upstream_words(error),
         "type": _type(_status(error)),
         "param": None,
         "code": _CODES.get(error.kind, error.kind),
