@@ -7,8 +7,7 @@ CONSTRAINTS := deploy/constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 # make run TGI_URL=http://host:port | CONFIG=proxy.yaml | LISTEN=host:port
-LISTEN ?= 127.0.0.1:8080
-SERVE_ARGS := --listen $(LISTEN) $(if $(TGI_URL),--tgi-url $(TGI_URL)) $(if $(CONFIG),--config $(CONFIG))
+SERVE_ARGS := $(if $(LISTEN),--listen $(LISTEN)) $(if $(TGI_URL),--tgi-url $(TGI_URL)) $(if $(CONFIG),--config $(CONFIG))
 
 .PHONY: help run test check fmt types lint cov fuzz bench e2e clean
 
@@ -16,6 +15,7 @@ help: ## say what each target does
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 $(VENV)/.run: setup.cfg pyproject.toml $(CONSTRAINTS)
+	@echo 'Setting up $(VENV), once; this takes some ten seconds.'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable '.[speed]'
 	@touch $@
@@ -58,4 +58,5 @@ e2e: $(VENV)/.dev ## against a real llama.cpp server, where one is found
 	$(BIN)/python -m pytest tests/e2e -m e2e
 
 clean: ## remove what the other targets made
+	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

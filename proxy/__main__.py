@@ -16,12 +16,13 @@ from proxy import __version__, config, simulator
 from proxy.config import Settings
 from proxy.errors import ConfigError
 from proxy.log import ExchangeLog
-from proxy.probe import probe
+from proxy.probe import Found, probe
 from proxy.redact import Redactor
 from proxy.server import Listener, Proxy
 from proxy.upstream import Upstream
 
 LOG_DELAY_S = 0.05
+GRACE_S = 10.0
 
 _DESCRIPTION = """\
 A reverse proxy for completions: it stands in front of a model server (Hugging Face
@@ -162,13 +163,17 @@ async def _serve_until_stopped(options: argparse.Namespace) -> int:
         loop = asyncio.get_running_loop()
         log = ExchangeLog(sys.stdout, redact, lambda f: loop.call_later(LOG_DELAY_S, f))
         stack.callback(log.flush)
-        listener = Listener(Proxy(settings, upstream, log, redact))
+        listener = Listener(Proxy(settings, upstream, log, redact), GRACE_S)
         stack.push_async_callback(listener.stop)
         addresses = await listener.start()
         _say(_banner(settings, addresses))
         _calm_collector()
         await _stop_signal()
-        _say("Stopping: open replies have ten seconds to end.")
+        if listener.is_busy:
+            _say(f"Stopping: open replies have {GRACE_S:g} s; once more to stop now.")
+            hurry = asyncio.create_task(_stop_signal())
+            hurry.add_done_callback(lambda _: listener.hurry())
+            stack.callback(hurry.cancel)
     return 0
 
 
@@ -193,13 +198,19 @@ async def _settings(
         found = await probe(options.tgi_url)
         if found.warning:
             _say(f"warning: {found.warning}")
-        url, kind, model = found.url, found.type, found.model
     else:
         running = await simulator.start(simulator.Settings())
         stack.push_async_callback(running.stop)
-        url, kind, model = f"{running.url}/v1", "huggingface-tgi", "simulator"
+        found = Found(f"{running.url}/v1", model="simulator")
     return config.for_upstream(
-        url, type=kind, model=model, environ=os.environ, listen=options.listen
+        found.url,
+        type=found.type,
+        model=found.model,
+        environ=os.environ,
+        listen=options.listen,
+        profile=found.profile,
+        max_input_tokens=found.max_input_tokens or config.UNKNOWN_TOKENS,
+        max_output_tokens=found.max_output_tokens or config.UNKNOWN_TOKENS,
     )
 
 

@@ -13,6 +13,9 @@ from proxy.errors import Unauthorized
 # OpenAI-like servers send `Bearer X`.
 _HEADER = re.compile(r'(?:token|Bearer)(?:\s+(?:token="([^"]*)"|(.*)))?', re.IGNORECASE)
 
+# As Cody's clients know it.
+NOT_GIVEN = "cody is not enabled: not authenticated"
+
 
 def credential(authorization: str | None) -> str | None:
     """Return what follows the scheme; None if there is no scheme that is known."""
@@ -41,7 +44,7 @@ class Access:
             return None
         given = (authorization or "").strip()
         if not given:
-            raise Unauthorized("cody is not enabled: not authenticated")
+            raise Unauthorized(NOT_GIVEN)
         text = credential(given)
         if text is None:
             raise Unauthorized(

@@ -31,6 +31,8 @@ from proxy.modelconfig.resolved import Model, ModelConfiguration, Provider
 from proxy.modelconfig.schema import Block, Keys
 
 TOKENS_VARIABLE = "COMPLETIONS_PROXY_TOKENS"
+# What a server that does not say is taken to know; it says itself what is too much.
+UNKNOWN_TOKENS = 32_768
 DEFAULT_LISTEN = "127.0.0.1:8080"
 
 Positive: TypeAlias = Annotated[int, Meta(gt=0)]
@@ -143,7 +145,11 @@ def load(
     findings = Findings()
     # An editor's byte order mark; within a line it would be a character like others.
     data = _parse(text.removeprefix("\ufeff"), findings)
+    is_ambiguous = bool(findings.problems)
     data = _expand(data, environ, "", findings)
+    if is_ambiguous:  # a key given twice: say what is wrong with the shape, no more
+        read_data(data, _File, "", findings.problems)
+        raise ConfigError(findings.problems)
     return _settings(data, environ, directory, listen, findings)
 
 
@@ -169,8 +175,13 @@ def for_upstream(
     environ: Mapping[str, str],
     listen: str | None = None,
     display_name: str = "",
+    profile: str | None = None,
+    max_input_tokens: int = UNKNOWN_TOKENS,
+    max_output_tokens: int = UNKNOWN_TOKENS,
 ) -> Settings:
     """Return the settings for one upstream with one model, without any file.
+
+    Whatever name a client asks for, there is only that model.
 
     Args:    url: where the server is; scheme and path may be left out for servers
                  with the OpenAI API.
@@ -184,8 +195,19 @@ def for_upstream(
     if type in ("huggingface-tgi", "openaicompatible"):
         url = _BARE_URL.sub(r"\1/v1", url)
     ref = f"{provider}::v1::{made_id(model)}"
-    override = {"modelRef": ref, "modelName": model, "displayName": display_name}
-    data = {
+    window = {
+        "maxInputTokens": max_input_tokens,
+        "maxOutputTokens": max_output_tokens,
+    }
+    override = {
+        "modelRef": ref,
+        "modelName": model,
+        "displayName": display_name,
+        "contextWindow": window,
+    }
+    data: dict[str, object] = {
+        "fallback": True,
+        "providers": {provider: {"profile": profile}} if profile else {},
         "modelConfiguration": {
             "sourcegraph": None,
             "providerOverrides": [
@@ -193,7 +215,7 @@ def for_upstream(
             ],
             "modelOverrides": [override],
             "defaultModels": {"chat": ref, "fastChat": ref, "codeCompletion": ref},
-        }
+        },
     }
     return _settings(data, environ, Path(), listen, Findings())
 
@@ -374,7 +396,7 @@ def _settings(
     findings: Findings,
 ) -> Settings:
     file = read_data(data, _File, "", findings.problems)
-    if file is None or findings.problems:
+    if file is None:
         raise ConfigError(findings.problems)
 
     def read_file(name: str) -> str:
@@ -387,7 +409,7 @@ def _settings(
         findings.warn("cody.enabled", "ignored")
     models = _models(file, read_file, findings)
     if models is None or findings.problems:
-        raise ConfigError(findings.problems)
+        raise ConfigError(_first_of_each(findings.problems))
     return Settings(
         listen=addresses,
         tokens=tokens,
@@ -403,6 +425,16 @@ def _settings(
         else "Authorization",
         warnings=(*findings.warnings, *models.warnings),
     )
+
+
+def _first_of_each(problems: Sequence[str]) -> list[str]:
+    """Leave out what follows from a problem with the same value: a variable that is
+    not set makes an odd address, too.
+    """
+    firsts: dict[str, str] = {}
+    for problem in problems:
+        firsts.setdefault(problem.partition(": ")[0], problem)
+    return list(firsts.values())
 
 
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})")

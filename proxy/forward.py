@@ -72,6 +72,8 @@ async def forward(
             ) as reply:
                 clock.reschedule(None)
                 outcome.upstream_status = reply.status
+                if reply.status >= 400:
+                    outcome.kind = "upstream_status"
                 _check(reply, request.path, endpoint, is_optional, clients_credential)
                 return await _pass_down(request, reply, own_headers, outcome)
     except TimeoutError:

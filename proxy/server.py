@@ -18,7 +18,7 @@ from aiohttp import web
 from msgspec import json, structs
 
 from proxy import __version__, pages, routes
-from proxy.auth import Access, credential
+from proxy.auth import NOT_GIVEN, Access, credential
 from proxy.completion import CompletionRequest, Feature, Usage
 from proxy.config import Settings
 from proxy.dialects.adjust import (
@@ -195,6 +195,8 @@ class _Handling:
             header = self._proxy.settings.auth_header
             token = self._proxy.access.check(_authorization(head, header))
         except Unauthorized as refusal:
+            if self._incoming.dialect != "cody" and refusal.message == NOT_GIVEN:
+                refusal.message = "no token given: send Authorization: Bearer TOKEN"
             # A provider that takes the client's own credential may still admit it.
             if not self._proxy.takes_clients_credentials:
                 raise
@@ -588,12 +590,20 @@ class Listener:
                 ) from error
         return [address[:2] for address in self._runner.addresses]
 
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._proxy.relays)
+
+    def hurry(self) -> None:
+        """End open replies now, with an error in each one's dialect."""
+        for relay in list(self._proxy.relays):
+            relay.interrupt()
+
     async def stop(self) -> None:
         for site in list(self._runner.sites):
             await site.stop()
         await self._drain(self._grace_s)
-        for relay in list(self._proxy.relays):
-            relay.interrupt()
+        self.hurry()
         await self._drain(LAST_WRITE_S)
         await self._runner.cleanup()
 

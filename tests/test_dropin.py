@@ -575,10 +575,8 @@ async def test_packed_body_cannot_hide_another_request(start: Starter, upstream)
     upstream.script(json_reply(["ok"]))
     proxy = await start(model_configuration(upstream.url))
     hidden = b"GET /evil HTTP/1.1\r\nHost: x\r\n\r\n"
-    for filler in range(200):
-        body = b"x" * filler
-        if len(gzip.compress(body + hidden)) == len(body):
-            break
+    bodies = (b"x" * filler for filler in range(200))
+    body = next(b for b in bodies if len(gzip.compress(b + hidden)) == len(b))
     packed = gzip.compress(body + hidden)
     raw = await request(
         proxy.url, path="/tokenize", body=packed, headers={"Content-Encoding": "gzip"}

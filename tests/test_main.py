@@ -13,10 +13,19 @@ from pathlib import Path
 import pytest
 
 from proxy.__main__ import main
+from proxy.probe import probe
 from tests.support.client import request
 from tests.support.cody import read_chat
 from tests.support.fixtures import QUESTION
-from tests.support.upstream import ScriptedUpstream, json_reply, openai_chunks, sse
+from tests.support.upstream import (
+    Hang,
+    ScriptedUpstream,
+    chunk,
+    json_reply,
+    openai_chunks,
+    sse,
+    sse_head,
+)
 
 DATA = Path(__file__).parent / "data"
 ENVIRON = {k: v for k, v in os.environ.items() if k != "COMPLETIONS_PROXY_TOKENS"}
@@ -98,7 +107,7 @@ async def test_serve_in_front_of_another_server(upstream: ScriptedUpstream):
 async def test_serve_before_its_upstream_is_up(upstream: ScriptedUpstream):
     await upstream.stop()
     async with serve("--tgi-url", upstream.url) as running:
-        assert "does not say what it is" in running.said
+        assert "connection refused); taken for TGI" in running.said
         await upstream.start(upstream.port)
         upstream.script(sse(*openai_chunks(["Hi"])))
         assert await chat(running.url) == "Hi"
@@ -165,3 +174,47 @@ def test_help_helps(command, capsys):
         main([*command, "--help"])
     assert caught.value.code == 0
     assert "completions-proxy" in capsys.readouterr().out
+
+
+async def test_tgi_url_that_is_none(capsys):
+    status = await asyncio.to_thread(main, ["serve", "--tgi-url", "ftp://x"])
+    assert status == 2
+    assert "--tgi-url: expected the URL of a server" in capsys.readouterr().err
+
+
+async def test_what_a_server_says_of_itself(upstream: ScriptedUpstream):
+    upstream.script(json_reply({}, 404), path="/info")
+    listed = {"id": "tiny", "owned_by": "llamacpp", "meta": {"n_ctx_train": 2048}}
+    upstream.script(json_reply({"data": [listed]}), path="/v1/models")
+    found = await probe(f"{upstream.url.removeprefix('http://')}/v1/chat/completions")
+    assert (found.url, found.type) == (f"{upstream.url}/v1", "openaicompatible")
+    assert (found.model, found.profile) == ("tiny", "llamacpp")
+    assert found.max_input_tokens == 2048
+    upstream.script(json_reply({"model_id": "m", "max_input_tokens": 7}), path="/info")
+    await probe(upstream.url)
+    found = await probe(upstream.url)
+    assert (found.model, found.max_input_tokens) == ("m", 7)
+
+
+async def test_second_signal_stops_at_once(upstream: ScriptedUpstream):
+    upstream.script(json_reply({"model_id": "m"}), path="/info")
+    chunks = openai_chunks(["Hi"])[:2]
+    upstream.script([sse_head(), *map(chunk, chunks), Hang()])
+    async with serve("--tgi-url", upstream.url) as running:
+        asking = asyncio.create_task(chat(running.url))
+        await upstream.received(2)
+        await asyncio.sleep(0.1)
+        running.process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.3)
+        status, out = await running.stop()
+    assert status == 0
+    assert json.loads(out)["kind"] == "shutting_down"
+    assert await asking == "Hi"
+
+
+@pytest.mark.parametrize("name", ["dummy", "tgi", "anything"])
+async def test_any_model_name_will_do_for_one_server(name):
+    async with serve() as running:
+        body = {"model": name, "messages": [{"role": "user", "content": "hi"}]}
+        raw = await request(running.url, path="/v1/chat/completions", body=body)
+    assert raw.status == 200

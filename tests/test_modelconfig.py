@@ -1386,7 +1386,7 @@ def test_resolve_without_models():
     with pytest.raises(ConfigError) as caught:
         resolve(shaped({}))
     assert caught.value.problems == [
-        "modelConfiguration: no models; name some in selfHostedModels or modelOverrides"
+        "modelConfiguration: no models; name some in modelOverrides, selfHostedModels or modelOverridesRecommendedSettings"
     ]
 
 

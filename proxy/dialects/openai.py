@@ -85,6 +85,7 @@ class _Body(msgspec.Struct, kw_only=True, omit_defaults=True):
     prompt: str | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
+    reasoning_effort: str | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -130,6 +131,10 @@ def build_completion(request: CompletionRequest, profile: Profile) -> bytes:
 
 
 def _sampling(request: CompletionRequest, profile: Profile) -> _Body:
+    if request.top_k is not None and not profile.top_k:
+        request.dropped.append("top_k")
+    if request.presence_penalty and not profile.presence_penalty:
+        request.dropped.append("presence_penalty")
     body = _Body(
         model=request.model,
         temperature=request.temperature,
@@ -144,9 +149,12 @@ def _sampling(request: CompletionRequest, profile: Profile) -> _Body:
     )
     if profile.reasoning_names and _REASONING_MODEL.match(request.model):
         body.max_completion_tokens = request.max_tokens
+        body.reasoning_effort = request.reasoning_effort
         body.temperature = body.top_p = body.stop = None
     else:
         body.max_tokens = request.max_tokens
+        if request.reasoning_effort is not None:
+            request.dropped.append("reasoning_effort")
     return body
 
 

@@ -42,7 +42,10 @@ def resolve(
     if len(findings.problems) > before:
         raise ConfigError(findings.problems)
     if not models:
-        text = "no models; name some in selfHostedModels or modelOverrides"
+        text = (
+            "no models; name some in modelOverrides, selfHostedModels or"
+            " modelOverridesRecommendedSettings"
+        )
         raise ConfigError([*findings.problems, f"{path}: {text}"])
     defaults = resolve_defaults(
         block.default_models, models, f"{path}.defaultModels", findings

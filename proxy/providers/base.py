@@ -107,6 +107,8 @@ def prepare(request: CompletionRequest, model: Model) -> CompletionRequest:
     if model.strict_template:
         messages = fold(messages)
     limit = model.context_window.max_output_tokens
+    if (request.max_tokens or 0) > limit:
+        request.dropped.append("max_tokens")
     return msgspec.structs.replace(
         request,
         messages=messages,

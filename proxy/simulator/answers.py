@@ -423,6 +423,7 @@ _GUARDED: frozenset[Handler] = frozenset(
 _ROUTES: dict[str, dict[str, Handler]] = {
     "/": {"GET": _health, "POST": _compat},
     "/generate": {"POST": _generate},
+    "/invocations": {"POST": _generate},
     "/generate_stream": {"POST": _generate_stream},
     "/v1/chat/completions": {"POST": _chat},
     "/v1/completions": {"POST": _completions},
