@@ -812,3 +812,14 @@ def test_no_problem_shows_a_secret(changes):
     except ConfigError as error:
         shown = str(error)
     assert not re.search(r"secret-\d", shown)
+
+
+def readme_files() -> list[str]:
+    text = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    return re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("text", readme_files())
+def test_load_takes_the_readme_s_examples(text):
+    environ = {"ANN_SHA256": "ab" * 32, "BEN_TOKEN": "cp_b", "ACME_KEY": "k"}
+    assert load(text, environ=environ, directory=Path()).models.models
