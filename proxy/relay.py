@@ -188,6 +188,7 @@ class Relay:
                     is_closing = True
                     clock.reschedule(min(deadline_s, self._loop.time() + GRACE_S))
         self._note(exchange.error)
+        clock.reschedule(deadline_s)  # the short wait was for the upstream
         await self._end(out)
 
     def _new_exchange(self) -> Exchange | PassThrough | PassedBody:
@@ -305,8 +306,10 @@ class Relay:
         """Say an error after the start of the reply. Raises it if there was none."""
         self._note(error)
         exchange = self._exchange
-        if exchange is None or exchange.is_ended:  # or the exchange itself raised it
+        if self.response is None and (exchange is None or exchange.is_ended):
             raise error
+        if exchange is None or exchange.is_ended:
+            self._abort()  # all was said, but the client does not take it
         out = exchange.receive_failure(error)
         self._note(exchange.error)
         if self._call.native and not self._call.adjust and exchange.error is not None:

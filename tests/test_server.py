@@ -1142,3 +1142,30 @@ async def test_token_in_a_header_of_one_s_own(start: Starter, upstream, value):
     assert read_chat(raw, 2).ended == "complete"
     raw = await proxy.chat(headers={"Authorization": f"Bearer {TOKEN}"})
     assert raw.status == 401
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_client_that_takes_its_time_for_the_last_bytes(
+    start: Starter, upstream, monkeypatch, late
+):
+    """The short wait after the finish reason is for the upstream, not for the client."""
+    monkeypatch.setattr("proxy.relay.GRACE_S", 0.05)
+    text = "x" * 6_000_000
+    upstream.script(sse(b"".join([openai_text(text), *openai_chunks(["b"])])))
+    proxy = await start(model_configuration(upstream.url))
+    headers = {"X-Timeout-Ms": "300" if late else "5000"}
+    async with stream(
+        proxy.url,
+        path=f"{PATH}?api-version=2",
+        body=QUESTION,
+        headers=headers,
+        receive_buffer=4096,
+    ) as incoming:
+        await asyncio.sleep(0.5)
+        received = await incoming.rest()
+    if late:  # its time was up: it is cut off, and nothing else is written in between
+        assert b"HTTP/1.1" not in received and not incoming.reply.complete
+        assert proxy.outcomes[-1]["kind"] == "deadline_exceeded"
+    else:
+        assert received.endswith(b"event: done\ndata: {}\n\n")
+        assert proxy.outcomes[-1]["kind"] == "ok"
