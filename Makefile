@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # make run TGI_URL=http://host:port | CONFIG=proxy.yaml | LISTEN=host:port
 SERVE_ARGS := $(if $(LISTEN),--listen $(LISTEN)) $(if $(TGI_URL),--tgi-url $(TGI_URL)) $(if $(CONFIG),--config $(CONFIG))
 
-.PHONY: help run test check fmt types lint cov fuzz bench e2e clean
+.PHONY: help run test check fmt types lint cov fuzz bench load e2e clean
 
 help: ## say what each target does
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -53,6 +53,9 @@ fuzz: $(VENV)/.dev ## the property tests with 10,000 examples each
 
 bench: $(VENV)/.dev ## microbenchmarks, µs per event
 	$(BIN)/python -m tests.bench
+
+load: $(VENV)/.dev ## under load by wrk, beside nginx: CPU per request, latency
+	$(BIN)/python -m tests.bench.load
 
 e2e: $(VENV)/.dev ## against a real llama.cpp server, where one is found
 	$(BIN)/python -m pytest tests/e2e -m e2e

@@ -101,6 +101,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="how fast it answers; 0: as fast as it can (default: 50)",
     )
+    simulate.add_argument(
+        "--first-token",
+        type=float,
+        default=0.1,
+        metavar="SECONDS",
+        help="how long the first token takes (default: 0.1)",
+    )
     simulate.set_defaults(command=_simulate)
     return parser
 
@@ -139,7 +146,9 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 async def _simulate_until_stopped(options: argparse.Namespace) -> int:
-    settings = simulator.Settings(tokens_per_s=options.tokens_per_second)
+    settings = simulator.Settings(
+        tokens_per_s=options.tokens_per_second, first_token_s=options.first_token
+    )
     running = await simulator.start(settings, options.host, options.port)
     _say(f"A simulated TGI server answers at {running.url}")
     await _stop_signal()

@@ -259,7 +259,7 @@ class Upstream:
             self._sweeper = self._loop.call_later(IDLE_S, self._sweep)
 
     async def connect(self, target: _Target) -> Connection:
-        """Raises: OSError, TimeoutError, ssl.SSLError."""
+        """Raises: OSError, TimeoutError, UnicodeError: of a name that is none."""
         loop = self._loop
         async with asyncio.timeout(self._connect_s):
             addresses = await _resolve(target)
@@ -363,7 +363,7 @@ class _Call:
             self._drop()
         try:
             self._connection = await self._upstream.connect(self._target)
-        except (OSError, TimeoutError) as error:
+        except (OSError, TimeoutError, UnicodeError) as error:
             raise self._unreachable(error) from error
         try:
             return await self._ask(self._connection)
@@ -423,6 +423,7 @@ _REASONS: tuple[tuple[type[Exception], str], ...] = (
     (ssl.SSLCertVerificationError, "its certificate is not trusted"),
     (ssl.SSLError, "TLS handshake failed"),
     (socket.gaierror, "host name cannot be resolved"),
+    (UnicodeError, "host name cannot be resolved"),
     (TimeoutError, "connect timed out"),
     (ConnectionRefusedError, "connection refused"),
     (ConnectionFailed, "connection closed before a reply"),
