@@ -4,11 +4,23 @@ Dialects meet only here: each one reads and writes these types and knows no othe
 dialect. A field belongs here when at least two dialects can say it.
 """
 
+import math
+import struct
 from typing import Literal, TypeAlias
 
 import msgspec
 
 Feature: TypeAlias = Literal["chat", "code"]
+
+
+def single(value: float) -> float:
+    """Return a number as servers hold it that count with 32 bits: what is just below 1
+    for us is 1 for them.
+    """
+    try:
+        return float(struct.unpack("f", struct.pack("f", value))[0])
+    except OverflowError:
+        return math.inf
 
 
 class TextPart(msgspec.Struct, frozen=True, gc=False):

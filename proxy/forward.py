@@ -9,11 +9,13 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 
 from aiohttp import web
 
+from proxy.dialects.base import EVENT_STREAM
 from proxy.errors import (
     DeadlineExceeded,
     UnknownPath,
     UpstreamFault,
     UpstreamGarbled,
+    UpstreamTruncated,
 )
 from proxy.hop import end_to_end
 from proxy.outcome import Outcome
@@ -31,6 +33,15 @@ _NOT_UP = (
     "expect",
     "accept-encoding",
 )
+# What the stream of a response ends with, one way or another.
+_ENDS = (
+    b"response.completed",
+    b"response.failed",
+    b"response.incomplete",
+    b"event: error",
+    b"[DONE]",
+)
+_LONGEST_END = max(map(len, _ENDS))
 # What aiohttp undoes.
 _UNPACKED = frozenset(("gzip", "deflate", "br", "zstd"))
 _NOT_DOWN = ("set-cookie", "server", "date")
@@ -140,9 +151,17 @@ async def _pass_down(
     elif _may_have_body(request, reply.status):
         response.enable_chunked_encoding()
     await response.prepare(request)
+    ends = _ENDS if reply.header("content-type").startswith(EVENT_STREAM) else ()
+    is_ended = not ends or not request.path.endswith("/responses")
+    seen = b""
     try:
         while data := await reply.read():
+            if not is_ended:
+                seen = seen[-_LONGEST_END:] + data
+                is_ended = any(end in seen for end in ends)
             await response.write(data)
+        if not is_ended:
+            raise UpstreamTruncated("upstream closed the stream before its end")
     except UpstreamFault as fault:
         # The client must see that it is not whole; nothing else can be said.
         outcome.kind, outcome.error = fault.kind, fault.log_text

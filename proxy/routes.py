@@ -11,7 +11,9 @@ from proxy.dialects import (
     openai_incoming as openai,
     tgi,
 )
+from proxy.dialects.adjust import decode_fields
 from proxy.dialects.base import Incoming
+from proxy.errors import InvalidRequest
 from proxy.modelconfig.resolved import Model
 
 _GATEWAY = "/v1/completions"
@@ -65,6 +67,25 @@ FORWARDED = {
     "/health": "/health",
     "/upstream/metrics": "/metrics",
 }
+
+
+def narrow(path: str, incoming: Incoming, body: bytes) -> Incoming:
+    """Return what answers a body where that decides: ``/invocations`` takes chats and
+    completions of OpenAI's as well.
+    """
+    if path != "/invocations":
+        return incoming
+    try:
+        fields = decode_fields(body)
+    except InvalidRequest:
+        return incoming
+    for key, kind in (
+        ("messages", openai.ChatCompletions),
+        ("prompt", openai.Completions),
+    ):
+        if key in fields and "inputs" not in fields:
+            return kind()
+    return incoming
 
 
 def reply_headers(path: str, model: Model) -> dict[str, str]:

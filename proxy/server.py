@@ -29,7 +29,7 @@ from proxy.dialects.adjust import (
     raw,
     reduce,
 )
-from proxy.dialects.base import Head, Incoming, Reply, Writer
+from proxy.dialects.base import JSON, Head, Incoming, Reply, Writer
 from proxy.errors import (
     InvalidRequest,
     PayloadTooLarge,
@@ -111,7 +111,7 @@ class Proxy:
         path = _DUPLICATE_SLASHES.sub("/", request.path)
         if not path.startswith("/"):  # "*", or a whole URL without a path
             return await _send(request, _NO_PATH, {"Server": SERVER})
-        if path == "/healthz":
+        if path in ("/healthz", "/-/healthz", "/-/__version"):
             return await _send(request, _HEALTHY, {"Server": SERVER})
         outcome = Outcome(id=f"{random.getrandbits(64):016x}", route=path)
         incoming = self._incoming.get(path)
@@ -166,6 +166,8 @@ class _Handling:
             head = self._head()
             self._check(head)
             body = await self._read_body()
+            self._incoming = routes.narrow(self._path, self._incoming, body)
+            say = self._incoming.error_reply
             completion, writer, body = self._parse(head, body)
             say = writer.error_reply
             return await self._complete(completion, writer, body)
@@ -196,7 +198,9 @@ class _Handling:
             token = self._proxy.access.check(_authorization(head, header))
         except Unauthorized as refusal:
             if self._incoming.dialect != "cody" and refusal.message == NOT_GIVEN:
-                refusal.message = "no token given: send Authorization: Bearer TOKEN"
+                refusal.message = (
+                    "no token given: send the header Authorization: Bearer …"
+                )
             # A provider that takes the client's own credential may still admit it.
             if not self._proxy.takes_clients_credentials:
                 raise
@@ -399,6 +403,8 @@ class _Page(_Handling):
             return await self._say(pages.model_list(path, listed, anthropic=anthropic))
         if is_get and path == "/v1/limits":
             return await self._say(pages.limits(models))
+        if path == "/v1/limits/refresh":  # there is nothing to refresh
+            return await self._say(Reply(200, JSON, b""))
         if is_get and path == "/":
             return await self._forward("/health")
         if is_get and path == "/info" and not self._is_tgi():
@@ -409,7 +415,7 @@ class _Page(_Handling):
 
     def _is_known(self) -> bool:
         path, is_get = self._path, self._request.method in ("GET", "HEAD")
-        if path in routes.FORWARDED:
+        if path in routes.FORWARDED or path == "/v1/limits/refresh":
             return True
         if is_get and (path in ("/", "/v1/limits") or path.startswith(_MODEL_LISTS)):
             return True

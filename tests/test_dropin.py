@@ -730,3 +730,46 @@ async def test_headers_of_a_reply_that_passes(start: Starter, upstream):
     assert raw.header("x-ratelimit-remaining") == "9"
     assert raw.header("x-compute-time") == "1"
     assert raw.header("x-private") is None
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_cut_stream_of_a_response_is_broken_off(start: Starter, upstream, whole):
+    events = [
+        b'event: response.created\ndata: {"type":"response.created"}\n\n',
+        b"event: response.compl",
+        b'eted\ndata: {"type":"response.completed"}\n\n',
+    ]
+    upstream.script(sse(*events[: 3 if whole else 1]))
+    proxy = await start(model_configuration(upstream.url))
+    body = {"model": "large", "input": "x", "stream": True}
+    raw = await request(
+        proxy.url, path="/v1/responses", body=body, allow_truncated=True
+    )
+    assert raw.complete is whole
+    assert proxy.outcomes[-1]["kind"] == ("ok" if whole else "upstream_truncated")
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [
+        (ASK, "/v1/chat/completions"),
+        ({"model": "large-1", "prompt": "hi"}, "/v1/completions"),
+    ],
+)
+async def test_invocations_take_openai_s_bodies_too(
+    start: Starter, upstream, body, path
+):
+    reply_body = {"id": "x", "choices": [{"message": {"content": "a"}, "text": "a"}]}
+    upstream.script(json_reply(reply_body))
+    proxy = await start(model_configuration(upstream.url))
+    raw = await post(proxy.url, "/invocations", body)
+    assert raw.json() == reply_body
+    assert upstream.last.path == path
+
+
+async def test_help_for_who_has_no_token(start: Starter, upstream):
+    proxy = await start(model_configuration(upstream.url), auth=AUTH)
+    raw = await post(proxy.url, "/v1/messages", {})
+    assert raw.json()["error"]["message"] == (
+        "no token given: send the header Authorization: Bearer …"
+    )

@@ -213,7 +213,7 @@ def test_stop_sequences_are_capped_and_all_cut_at(kind, key, most):
 def test_blank_stop_sequences_never_reach_anthropic():
     made = call("anthropic", ask(stop=["\n\n", "x", " "]))
     assert json.loads(made.body)["stop_sequences"] == ["x"]
-    assert made.stops == ["x"]
+    assert made.stops == ["\n\n", "x", " "]  # it is we who cut at the others
 
 
 def test_end_of_text_is_stripped_from_completions_and_where_configured():
@@ -486,3 +486,30 @@ def test_every_request_is_left_as_it_came():
     for kind in PROVIDERS:
         call(kind, asked, id="openai", of=model(strict_template=True, stop=("y",)))
     assert msgspec.json.encode(asked) == before
+
+
+@pytest.mark.parametrize("kind", ["openaicompatible", "huggingface-tgi"])
+def test_tool_without_parameters(kind):
+    sent = body(kind, ask(tools=[Tool("f")]))
+    assert sent["tools"][0]["function"]["parameters"] == {
+        "type": "object",
+        "properties": {},
+    }
+
+
+@pytest.mark.parametrize("feature", ["chat", "code"])
+def test_nothing_but_empty_text(feature):
+    with pytest.raises(InvalidPrompt) as caught:
+        body("openaicompatible", ask(message("user", ""), feature=feature))
+    assert caught.value.message == "message content cannot be empty"
+
+
+def test_anthropic_blank_end_is_dropped():
+    turns = [message("user", "q"), message("assistant", " \n")]
+    sent = body("anthropic", ask(*turns))["messages"]
+    assert [m["role"] for m in sent] == ["user"]
+
+
+def test_answer_without_a_question_is_asked_in_a_strict_template():
+    (turn,) = fold([message("assistant", "x")])
+    assert (turn.role, turn.text) == ("user", "x")

@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from proxy.completion import single
 from proxy.dialects.fault import replace_surrogates
 from proxy.errors import InvalidRequest
 
@@ -118,7 +119,7 @@ def _value(fields: Fields, key: str) -> object:
 def _drop_top_p(fields: Fields) -> bool:
     """TGI wants 0 < top_p < 1; 1 and 0 mean "off" to everybody else."""
     value = _value(fields, "top_p")
-    if not isinstance(value, int | float) or 0 < value < 1:
+    if not isinstance(value, int | float) or 0 < single(value) < 1:
         return False
     del fields["top_p"]
     return True
@@ -218,6 +219,20 @@ def _system_message(fields: Fields) -> bool:
     return True
 
 
+def _tool_parameters(fields: Fields) -> bool:
+    """TGI wants the parameters that OpenAI lets one leave out."""
+    tools = _value(fields, "tools")
+    changed = False
+    for tool in tools if isinstance(tools, list) else ():
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if isinstance(function, dict) and not function.get("parameters"):
+            function["parameters"] = {"type": "object", "properties": {}}
+            changed = True
+    if changed:
+        fields["tools"] = raw(tools)
+    return changed
+
+
 Fix: TypeAlias = tuple[str, Callable[[Fields], bool]]
 
 _TGI: tuple[Fix, ...] = (
@@ -232,6 +247,7 @@ _TGI: tuple[Fix, ...] = (
     ("max_tokens", _drop_zero("max_tokens")),
     ("response_format", _response_format),
     ("messages", _null_content),
+    ("tools", _tool_parameters),
 )
 _NULLS: tuple[Fix, ...] = tuple(
     (key, _drop_null(key))

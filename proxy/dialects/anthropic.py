@@ -84,6 +84,8 @@ def build_messages(
     """
     system, messages = _split_system(request.messages)
     wire = _merge(messages)
+    if not wire:
+        raise InvalidPrompt("message content cannot be empty")
     body = _Body(
         model=PINNED_MODELS.get(request.model, request.model),
         messages=wire,
@@ -93,7 +95,8 @@ def build_messages(
         # Newer models refuse both; the temperature is what clients mean to set.
         top_p=request.top_p if request.temperature is None else None,
         top_k=request.top_k,
-        stop_sequences=request.stop or None,
+        # Blank ones are refused; the proxy cuts at them itself.
+        stop_sequences=[stop for stop in request.stop if stop.strip()] or None,
         tools=[
             _Tool(t.name, t.parameters or {"type": "object"}, t.description)
             for t in request.tools
@@ -135,8 +138,11 @@ def _merge(messages: list[Message]) -> list[_Message]:
     last = wire[-1]
     if last.role == "assistant" and "text" in last.content[-1]:
         # "final assistant content cannot end with trailing whitespace"
-        last.content[-1]["text"] = str(last.content[-1]["text"]).rstrip()
-    return wire
+        text = str(last.content[-1]["text"]).rstrip()
+        last.content[-1]["text"] = text
+        if not text:
+            last.content.pop()
+    return wire if last.content else wire[:-1]
 
 
 def _tool_choice(choice: str) -> dict[str, str]:

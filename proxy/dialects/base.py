@@ -216,6 +216,8 @@ class Reader:
         fault = fault_in(decode_lenient(body))
         if fault is not None:
             return self.name_fault(fault)
+        if not body.strip():
+            return UpstreamGarbled("upstream sent an empty reply")
         snippet = body[:SNIPPET_CHARS].decode(errors="replace")
         return UpstreamGarbled(f"upstream sent a reply without {wanted}: {snippet}")
 

@@ -29,6 +29,7 @@ from proxy.completion import (
     ToolCallPart,
     ToolResultPart,
     Usage,
+    single,
 )
 from proxy.dialects.base import EVENT_STREAM, Head, Reply, Writer, error_headers
 from proxy.dialects.fault import replace_surrogates
@@ -64,7 +65,7 @@ class _Url(msgspec.Struct):
 class _ToolCallWire(msgspec.Struct):
     id: str = ""
     name: str = ""
-    arguments: str = ""
+    arguments: object = ""
 
 
 class _ToolResultWire(msgspec.Struct):
@@ -73,7 +74,7 @@ class _ToolResultWire(msgspec.Struct):
 
 
 class _File(msgspec.Struct):
-    uri: str = ""
+    uri: str | None = ""
     language_id: str | None = None
     content: str | None = None
 
@@ -106,7 +107,6 @@ class _FunctionWire(msgspec.Struct):
 
 class _ToolWire(msgspec.Struct):
     function: _FunctionWire
-    type: str = "function"
 
 
 class _BodyWire(msgspec.Struct, rename="camel"):
@@ -180,7 +180,7 @@ def _part(wire: _PartWire) -> Part | None:
         return ImagePart(image.url, image.detail)
     if wire.tool_call is not None:
         call = wire.tool_call
-        return ToolCallPart(call.id, call.name, call.arguments)
+        return ToolCallPart(call.id, call.name, _as_text(call.arguments))
     if wire.tool_result is not None:
         return _tool_result(wire.tool_result)
     if wire.type in ("file", "context_file"):
@@ -195,14 +195,17 @@ def _tool_result(wire: _ToolResultWire) -> ToolResultPart:
     if isinstance(content, list):
         texts = (str(p.get("text", "")) for p in content if isinstance(p, dict))
         content = "".join(texts)
-    text = content if isinstance(content, str) else json.dumps(content)
-    return ToolResultPart(wire.id, text)
+    return ToolResultPart(wire.id, _as_text(content))
+
+
+def _as_text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _file(wire: _PartWire) -> TextPart | None:
     uri, language, content = str(wire.uri or ""), "", wire.content
     if wire.file is not None:
-        uri, content = wire.file.uri, wire.file.content
+        uri, content = wire.file.uri or "", wire.file.content
         language = wire.file.language_id or ""
     if not isinstance(content, str):
         return None
@@ -332,7 +335,7 @@ def _request(feature: Feature, version: int, wire: _BodyWire) -> CompletionReque
         stream=feature == "chat" if wire.stream is None else wire.stream,
         max_tokens=_positive(wire.max_tokens_to_sample) or DEFAULT_MAX_TOKENS[feature],
         temperature=_at_least_zero(wire.temperature),
-        top_p=wire.top_p if wire.top_p is not None and 0 < wire.top_p < 1 else None,
+        top_p=_below_one(wire.top_p),
         top_k=_positive(wire.top_k),
         stop=list(dict.fromkeys(stop for stop in wire.stop_sequences or () if stop)),
         # An older client could not read the calls.
@@ -346,6 +349,10 @@ def _convert(version: int, messages: list[Message]) -> list[Message]:
 
 def _tool(wire: _FunctionWire) -> Tool:
     return Tool(wire.name, wire.description, wire.parameters)
+
+
+def _below_one(value: float | None) -> float | None:
+    return value if value is not None and 0 < single(value) < 1 else None
 
 
 def _positive(value: float | None) -> int | None:

@@ -88,7 +88,14 @@ class GatewayRoute:
 
     def parse(self, head: Head, body: bytes) -> tuple[CompletionRequest, Writer]:
         feature, inner = self._choose(head)
-        request, writer = inner.parse(head, body)
+        try:
+            request, writer = inner.parse(head, body)
+        except InvalidRequest as error:
+            ours, theirs = (
+                "could not decode request body",
+                "failed to parse request body",
+            )
+            raise InvalidRequest(error.message.replace(ours, theirs, 1)) from None
         request.feature = feature
         request.dropped = [n for n in request.dropped if n not in _GATEWAY_FIELDS]
         return request, GatewayWriter(self._id, writer)

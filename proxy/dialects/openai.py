@@ -99,6 +99,8 @@ class _Body(msgspec.Struct, kw_only=True, omit_defaults=True):
     tool_choice: str | dict[str, object] | None = None
 
 
+NO_PARAMETERS: dict[str, object] = {"type": "object", "properties": {}}
+
 _encode = msgspec.json.Encoder().encode
 
 
@@ -109,6 +111,8 @@ def build_chat(request: CompletionRequest, profile: Profile) -> bytes:
     """
     if not request.messages:
         raise InvalidPrompt("found zero messages in prompt")
+    if all(message.is_empty for message in request.messages):
+        raise InvalidPrompt("message content cannot be empty")
     body = _sampling(request, profile)
     body.messages = [wire for m in request.messages for wire in _messages(m)]
     body.tools = [_tool(tool) for tool in request.tools] or None
@@ -127,6 +131,8 @@ def build_completion(request: CompletionRequest, profile: Profile) -> bytes:
     body = _sampling(request, profile)
     # A base model knows no roles: what several messages say is one text to it.
     body.prompt = "\n\n".join(message.text for message in request.messages)
+    if not body.prompt:
+        raise InvalidPrompt("message content cannot be empty")
     return _encode(body)
 
 
@@ -204,8 +210,8 @@ def _tool(tool: Tool) -> dict[str, object]:
     function: dict[str, object] = {"name": tool.name}
     if tool.description is not None:
         function["description"] = tool.description
-    if tool.parameters is not None:
-        function["parameters"] = tool.parameters
+    # Optional for OpenAI, but not for TGI.
+    function["parameters"] = tool.parameters or NO_PARAMETERS
     return {"type": "function", "function": function}
 
 

@@ -58,9 +58,8 @@ class AnthropicProvider:
 
 
 def for_anthropic(request: CompletionRequest, model: Model) -> CompletionRequest:
-    """Prepare, and drop the stop sequences that the API refuses: blank ones."""
+    """Prepare, and see to what this API insists on."""
     request = prepare(request, model)
     # The API insists on a number.
     request.max_tokens = request.max_tokens or model.context_window.max_output_tokens
-    request.stop = [stop for stop in request.stop if stop.strip()]
     return request

@@ -159,7 +159,8 @@ def fold(messages: list[Message]) -> list[Message]:
             folded[-1] = Message(role, parts)
         else:
             folded.append(Message(role, message.parts))
-    return folded or messages
+    # Nothing but an answer without its question: then it is the question.
+    return folded or [Message("user", message.parts) for message in messages[-1:]]
 
 
 @lru_cache(maxsize=1024)

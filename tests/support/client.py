@@ -131,9 +131,6 @@ class RawConnection:
         except ConnectionError:
             return True
 
-    def half_close(self) -> None:
-        self._writer.write_eof()
-
     async def close(self) -> None:
         """Hang up: FIN, or RST by the kernel if there is something unread."""
         self._writer.close()
