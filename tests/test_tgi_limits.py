@@ -43,7 +43,7 @@ OURS = (
 
 
 @pytest.mark.parametrize("strict", [True, False])
-@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 @given(
     messages=turns,
     sent=parameters,
