@@ -8,9 +8,10 @@ class Outcome(
 ):
     """One per request, filled in on its way.
 
-    ``kind`` is ``ok`` (said at the end, if nothing else was), ``client_gone``, or the ``kind`` of the error that ended it;
-    ``status`` is what the client got. ``first_token_s`` and ``duration_s`` count from
-    the arrival of the request. No field ever holds text of a prompt or an answer.
+    ``kind`` is ``ok`` (said at the end, if nothing else was), ``client_gone``, or the
+    ``kind`` of the error that ended it; ``status`` is what the client got.
+    ``first_token_s`` and ``duration_s`` count from the arrival of the request. No field
+    ever holds text of a prompt or an answer.
     """
 
     time: str = ""

@@ -567,7 +567,10 @@ class Listener:
         self._runner = web.ServerRunner(server, shutdown_timeout=0.001, access_log=None)
         self._loop = asyncio.get_running_loop()
 
-    def _request(self, message, payload, protocol, writer, task):  # type: ignore[no-untyped-def]  # aiohttp gives the factory's arguments no public types
+    # aiohttp gives the factory's arguments no public types.
+    def _request(  # type: ignore[no-untyped-def]
+        self, message, payload, protocol, writer, task
+    ):
         return web.BaseRequest(
             message,
             payload,

@@ -43,8 +43,9 @@ class Profile(msgspec.Struct, frozen=True):
     """What one kind of OpenAI-like server accepts in a request.
 
     ``max_stops``: most stop sequences it takes (None: any number); the proxy cuts at
-    the others itself. ``top_k``, ``presence_penalty``: it knows the field. ``reasoning_names``: names
-    like o3 or gpt-5 mean OpenAI's own models. ``leaks_end``: its completions end with the raw end-of-text token.
+    the others itself. ``top_k``, ``presence_penalty``: it knows the field.
+    ``reasoning_names``: names like o3 or gpt-5 mean OpenAI's own models.
+    ``leaks_end``: its completions end with the raw end-of-text token.
     """
 
     max_stops: int | None = None
