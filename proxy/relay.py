@@ -97,6 +97,7 @@ class Relay:
         self._redact = redact
         self._log = log
         self._verbose = verbose
+        self._unlogged = bytearray()
         self._exchange: Exchange | PassThrough | PassedBody | None = None
         self._reply_type = ""
         self._passed_headers: dict[str, str] = {}
@@ -150,6 +151,9 @@ class Relay:
             await self._fail(
                 ProxyError(f"internal error, logged as {self._outcome.id}")
             )
+        finally:
+            if self._unlogged:  # a last line without an end
+                self._log_data(len(self._unlogged))
         assert self.response is not None
         return self.response
 
@@ -226,9 +230,16 @@ class Relay:
 
     async def _read(self, reply: UpstreamReply) -> bytes:
         data = await reply.read()
-        if self._verbose and data:
-            self._log.upstream_data(self._outcome.id, data)
+        if self._verbose:
+            self._unlogged += data
+            # Lines as a whole: half of a credential would not be recognised as one.
+            if end := data.rfind(b"\n") + 1:
+                self._log_data(len(self._unlogged) - len(data) + end)
         return data
+
+    def _log_data(self, end: int) -> None:
+        self._log.upstream_data(self._outcome.id, bytes(self._unlogged[:end]))
+        del self._unlogged[:end]
 
     async def _status_fault(self, reply: UpstreamReply) -> UpstreamStatus:
         body = b""

@@ -29,6 +29,7 @@ from tests.support.upstream import (
     ScriptedUpstream,
     chunk,
     data,
+    head,
     json_reply,
     openai_chunks,
     reply,
@@ -763,6 +764,21 @@ async def test_verbose_logs_have_the_payloads_without_secrets(start: Starter, up
     received = "".join(x["data"] for x in proxy.lines if x["event"] == "upstream_data")
     assert REPLY_TEXT in received
     assert SECRET not in proxy.log
+
+
+@pytest.mark.parametrize("status", [200, 401])
+@pytest.mark.parametrize("cut", range(2, len(SECRET), 7))
+async def test_verbose_logs_know_a_secret_in_two_pieces(
+    start: Starter, upstream, status, cut
+):
+    said = f'{{"error":"no such key: {SECRET}"}}'.encode()
+    at = said.index(SECRET.encode()) + cut
+    headers = [("Content-Type", "application/json"), ("Content-Length", str(len(said)))]
+    upstream.script([head(status, headers), said[:at], Pause(0.05), said[at:]])
+    proxy = await start(private(upstream, enableVerboseLogs=True))
+    await proxy.chat(ASKED)
+    received = [x["data"] for x in proxy.lines if x["event"] == "upstream_data"]
+    assert received == ['{"error":"no such key: [redacted]"}']
 
 
 # ------------------------------------------------------------------------------- TGI
