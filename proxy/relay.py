@@ -321,7 +321,16 @@ class Relay:
             raise error
         if exchange is None or exchange.is_ended:
             self._abort()  # all was said, but the client does not take it
-        out = exchange.receive_failure(error)
+        try:
+            out = exchange.receive_failure(error)
+        except ProxyError:
+            raise
+        except Exception:
+            # A bug in saying it. A second reply must not follow within the first.
+            if self.response is None:
+                raise
+            logger.exception("exchange %s: this is a bug", self._outcome.id)
+            self._abort()
         self._note(exchange.error)
         if self._call.native and not self._call.adjust and exchange.error is not None:
             # Bytes as they are: then a broken stream can only be broken here, too.

@@ -926,6 +926,27 @@ async def test_bug_in_mid_stream_still_ends_the_stream(
     assert proxy.outcomes[-1]["kind"] == "internal"
 
 
+async def test_bug_in_saying_an_error_says_no_second_reply(
+    start: Starter, upstream, monkeypatch, caplog
+):
+    upstream.script(sse(openai_text("hi"), Pause(0.02), Reset()))
+    proxy = await start(model_configuration(upstream.url))
+
+    def failing(self, error):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cody.DeltaWriter, "error", failing)
+    async with connect(proxy.url) as connection:
+        await connection.send(
+            build_request(proxy.url, "POST", f"{PATH}?api-version=2", {}, ASKED, False)
+        )
+        raw = await connection.reply()  # fails at anything that is no chunk
+        assert await connection.at_end()
+    assert "hi" in raw.text and not raw.complete
+    assert "ZeroDivisionError" in caplog.text
+    assert proxy.outcomes[-1]["kind"] != "ok"
+
+
 async def test_http_1_0_keep_alive_still_ends(start: Starter, upstream):
     upstream.script(ANSWER)
     proxy = await start(model_configuration(upstream.url))
