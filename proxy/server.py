@@ -32,6 +32,7 @@ from proxy.dialects.adjust import (
 from proxy.dialects.base import JSON, Head, Incoming, Reply, Writer
 from proxy.errors import (
     InvalidRequest,
+    MethodNotAllowed,
     PayloadTooLarge,
     ProxyError,
     RequestTimeout,
@@ -188,7 +189,8 @@ class _Handling:
 
     def _check(self, head: Head) -> None:
         """Refuse what needs no look at the body, in the order clients know."""
-        self._incoming.check_method(head)
+        if head.method != "POST":
+            raise MethodNotAllowed("Method Not Allowed", headers={"Allow": "POST"})
         self._check_token(head)
         self._incoming.check(head)
 

@@ -422,9 +422,10 @@ def test_client_is_not_checked_unless_configured():
 
 
 def test_method_other_than_post():
-    with pytest.raises(MethodNotAllowed) as caught:
-        cody.Completions("chat").check_method(Head("GET", "/", {}, {}))
-    assert caught.value.message == "Method Not Allowed"
+    error = MethodNotAllowed("Method Not Allowed", headers={"Allow": "POST"})
+    reply = cody.Completions("chat").error_reply(error)
+    assert (reply.status, reply.headers["Allow"]) == (405, "POST")
+    assert reply.body.strip() == b"Method Not Allowed"
 
 
 # ------------------------------------------------------------------------- the reply

@@ -546,6 +546,25 @@ async def test_errors_before_parsing_are_in_the_client_s_shape(
     assert raw.status == 405 and raw.json()["error"]
 
 
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
+async def test_completions_are_asked_with_post(start: Starter, upstream, method):
+    proxy = await start(model_configuration(upstream.url), auth=AUTH)
+    paths = (
+        *("/.api/completions/stream", "/.api/completions/code"),
+        *("/v1/chat/completions", "/.api/llm/chat/completions"),
+        *("/v1/completions", "/.api/llm/completions", "/v1/messages", "/v1/complete"),
+        *("/generate", "/generate_stream", "/invocations"),
+        *("/v1/completions/anthropic", "/v1/completions/anthropic-messages"),
+        *("/v1/completions/openai", "/v1/completions/fireworks"),
+        "/v1/completions/google",
+    )
+    for path in paths:
+        raw = await request(proxy.url, method, path)
+        assert (raw.status, raw.header("allow")) == (405, "POST"), path
+        assert "Method Not Allowed" in raw.text
+    assert not upstream.requests
+
+
 async def test_pipelined_requests_get_their_own_replies(start: Starter, upstream):
     upstream.script(json_reply({"choices": [{"message": {"content": "1"}}]}))
     upstream.script(json_reply({"choices": [{"message": {"content": "2"}}]}))

@@ -47,7 +47,6 @@ from proxy.dialects.base import (
 from proxy.dialects.fault import decode_lenient
 from proxy.errors import (
     InvalidRequest,
-    MethodNotAllowed,
     ProxyError,
     UnknownModel,
     UpstreamReported,
@@ -375,10 +374,6 @@ def _split_prompt(prompt: str) -> list[Message]:
 
 class _Incoming:
     """What both paths have in common."""
-
-    def check_method(self, head: Head) -> None:
-        if head.method != "POST":
-            raise MethodNotAllowed("Method Not Allowed", headers={"Allow": "POST"})
 
     def check(self, head: Head) -> None:
         """Nothing: any version is served, and none has to be named."""

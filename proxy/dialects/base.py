@@ -114,10 +114,6 @@ class Incoming(Protocol):
 
     dialect: str
 
-    def check_method(self, head: Head) -> None:
-        """Raises: MethodNotAllowed."""
-        ...
-
     def check(self, head: Head) -> None:
         """Refuse what can be refused of a known client before its body is read.
 
@@ -132,6 +128,16 @@ class Incoming(Protocol):
     def error_reply(self, error: ProxyError) -> Reply:
         """Say a failure that happened before there was a writer."""
         ...
+
+
+def positive(value: float | None) -> int | None:
+    """Read a client's whole number; zero, a negative or an absurd one says nothing."""
+    return int(value) if value is not None and 1 <= value < 2**31 else None
+
+
+def at_least_zero(value: float | None) -> float | None:
+    """Read a client's number; a negative one says nothing."""
+    return value if value is not None and value >= 0 else None
 
 
 _T = TypeVar("_T")

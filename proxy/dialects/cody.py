@@ -31,12 +31,19 @@ from proxy.completion import (
     Usage,
     single,
 )
-from proxy.dialects.base import EVENT_STREAM, Head, Reply, Writer, error_headers
+from proxy.dialects.base import (
+    EVENT_STREAM,
+    Head,
+    Reply,
+    Writer,
+    at_least_zero,
+    error_headers,
+    positive,
+)
 from proxy.dialects.fault import replace_surrogates
 from proxy.errors import (
     InvalidPrompt,
     InvalidRequest,
-    MethodNotAllowed,
     ProxyError,
     UnsupportedVersion,
     UpstreamFault,
@@ -333,10 +340,10 @@ def _request(feature: Feature, version: int, wire: _BodyWire) -> CompletionReque
         model=(wire.model or "").strip(),
         fast=bool(wire.fast) and feature == "chat",
         stream=feature == "chat" if wire.stream is None else wire.stream,
-        max_tokens=_positive(wire.max_tokens_to_sample) or DEFAULT_MAX_TOKENS[feature],
-        temperature=_at_least_zero(wire.temperature),
+        max_tokens=positive(wire.max_tokens_to_sample) or DEFAULT_MAX_TOKENS[feature],
+        temperature=at_least_zero(wire.temperature),
         top_p=_below_one(wire.top_p),
-        top_k=_positive(wire.top_k),
+        top_k=positive(wire.top_k),
         stop=list(dict.fromkeys(stop for stop in wire.stop_sequences or () if stop)),
         # An older client could not read the calls.
         tools=[_tool(t.function) for t in wire.tools or () if version >= TOOLS_VERSION],
@@ -355,14 +362,6 @@ def _below_one(value: float | None) -> float | None:
     return value if value is not None and 0 < single(value) < 1 else None
 
 
-def _positive(value: float | None) -> int | None:
-    return int(value) if value is not None and 1 <= value < 2**31 else None
-
-
-def _at_least_zero(value: float | None) -> float | None:
-    return value if value is not None and value >= 0 else None
-
-
 class Completions:
     """``/.api/completions/stream`` (feature chat) and ``/code`` (feature code).
 
@@ -374,10 +373,6 @@ class Completions:
     def __init__(self, feature: Feature, *, check_client: bool = False) -> None:
         self._feature: Feature = feature
         self._check_client = check_client
-
-    def check_method(self, head: Head) -> None:
-        if head.method != "POST":
-            raise MethodNotAllowed("Method Not Allowed", headers={"Allow": "POST"})
 
     def check(self, head: Head) -> None:
         parse_version(head.query.get("api-version", ""))

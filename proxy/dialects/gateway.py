@@ -22,7 +22,6 @@ from proxy.dialects.base import (
 from proxy.errors import (
     DeadlineExceeded,
     InvalidRequest,
-    MethodNotAllowed,
     ProxyError,
     UpstreamFault,
     UpstreamStatus,
@@ -78,10 +77,6 @@ class GatewayRoute:
         # "" if it depends on the feature: then requests are translated, which is never
         # wrong.
         self.dialect = dialects.pop() if len(dialects) == 1 else ""
-
-    def check_method(self, head: Head) -> None:
-        if head.method != "POST":
-            raise MethodNotAllowed("Method Not Allowed", headers={"Allow": "POST"})
 
     def check(self, head: Head) -> None:
         self._choose(head)[1].check(head)

@@ -35,13 +35,14 @@ from proxy.dialects.base import (
     Head,
     Reply,
     Writer,
+    at_least_zero,
     client_status,
     error_headers,
+    positive,
 )
 from proxy.dialects.fault import decode_lenient
 from proxy.errors import (
     InvalidRequest,
-    MethodNotAllowed,
     ProxyError,
 )
 
@@ -256,10 +257,10 @@ def _request(wire: _Body) -> CompletionRequest:
         messages=_messages(wire, parts),
         model=(wire.model or "").strip().removeprefix("models/"),
         stream=bool(wire.stream),
-        max_tokens=_positive(config.maxOutputTokens),
-        temperature=_at_least_zero(config.temperature),
+        max_tokens=positive(config.maxOutputTokens),
+        temperature=at_least_zero(config.temperature),
         top_p=top_p if top_p is not None and 0 < top_p < 1 else None,
-        top_k=_positive(config.topK),
+        top_k=positive(config.topK),
         stop=list(dict.fromkeys(stop for stop in config.stopSequences or () if stop)),
         tools=[
             Tool(declared.name, declared.description, declared.parameters)
@@ -293,22 +294,10 @@ def _tool_choice(wire: _ToolConfig | None) -> str | None:
     return _TOOL_CHOICES.get(calling.mode or "")
 
 
-def _positive(value: float | None) -> int | None:
-    return int(value) if value is not None and 1 <= value < 2**31 else None
-
-
-def _at_least_zero(value: float | None) -> float | None:
-    return value if value is not None and value >= 0 else None
-
-
 class GenerateContent:
     """``/v1/completions/google``."""
 
     dialect = "gemini"
-
-    def check_method(self, head: Head) -> None:
-        if head.method != "POST":
-            raise MethodNotAllowed("Method Not Allowed", headers={"Allow": "POST"})
 
     def check(self, head: Head) -> None:
         pass

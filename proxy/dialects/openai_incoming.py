@@ -44,11 +44,11 @@ from proxy.dialects.base import (
     Writer,
     client_status,
     error_headers,
+    positive,
     upstream_words,
 )
 from proxy.errors import (
     InvalidRequest,
-    MethodNotAllowed,
     ProxyError,
     UpstreamReported,
     UpstreamStatus,
@@ -417,7 +417,7 @@ def _request(
         temperature=wire.temperature,
         # 1 and 0 mean "off" to OpenAI's clients and are errors to some servers.
         top_p=top_p if top_p is not None and 0 < top_p < 1 else None,
-        top_k=_positive(wire.top_k),
+        top_k=positive(wire.top_k),
         stop=_stops(wire.stop),
         seed=wire.seed,
         frequency_penalty=wire.frequency_penalty,
@@ -434,10 +434,6 @@ def _is_meant(wire: _Body, name: str, empty: Sequence[object]) -> bool:
 def _stops(wire: str | list[str] | None) -> list[str]:
     stops = [wire] if isinstance(wire, str) else wire or []
     return list(dict.fromkeys(stop for stop in stops if stop))
-
-
-def _positive(value: float | None) -> int | None:
-    return int(value) if value is not None and 1 <= value < 2**31 else None
 
 
 def _prompt(wire: str | list[str | int | list[int]] | None) -> str:
@@ -460,10 +456,6 @@ def _prompt(wire: str | list[str | int | list[int]] | None) -> str:
 class _Route:
     """What both routes have in common."""
 
-    def check_method(self, head: Head) -> None:
-        if head.method != "POST":
-            raise MethodNotAllowed("Method Not Allowed", headers={"Allow": "POST"})
-
     def check(self, head: Head) -> None:
         pass
 
@@ -478,7 +470,7 @@ class ChatCompletions(_Route):
 
     def parse(self, head: Head, body: bytes) -> tuple[CompletionRequest, Writer]:
         wire = _decode(_decode_chat, body)
-        limit = _positive(wire.max_completion_tokens) or _positive(wire.max_tokens)
+        limit = positive(wire.max_completion_tokens) or positive(wire.max_tokens)
         messages = _messages(wire.messages)
         request = _request("chat", wire, messages, limit, _CHAT_UNSAID)
         request.tools = _tools(wire.tools or [])
@@ -496,7 +488,7 @@ class Completions(_Route):
         wire = _decode(_decode_completion, body)
         messages = [Message("user", [TextPart(_prompt(wire.prompt))])]
         # -1 is what llama.cpp's clients write for "no limit".
-        limit = _positive(wire.max_tokens) if wire.max_tokens else DEFAULT_MAX_TOKENS
+        limit = positive(wire.max_tokens) if wire.max_tokens else DEFAULT_MAX_TOKENS
         request = _request("code", wire, messages, limit, _COMPLETION_UNSAID)
         writer = CompletionWriter(request.model, include_usage=_wants_usage(wire))
         return request, writer

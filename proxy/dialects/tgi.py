@@ -38,7 +38,6 @@ from proxy.dialects.base import (
 from proxy.dialects.fault import decode_lenient, fault_in
 from proxy.errors import (
     InvalidRequest,
-    MethodNotAllowed,
     ProxyError,
     UpstreamFault,
     UpstreamReported,
@@ -206,10 +205,6 @@ class Generate:
 
     def __init__(self, path: str) -> None:
         self._route = _ROUTES[path]
-
-    def check_method(self, head: Head) -> None:
-        if head.method != "POST":
-            raise MethodNotAllowed("Method Not Allowed", headers={"Allow": "POST"})
 
     def check(self, head: Head) -> None:
         pass
