@@ -8,12 +8,9 @@ its error. A slow client slows the upstream: nothing is queued in between.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable
+from functools import lru_cache
 from typing import NoReturn
 
-from aiohttp import web
-
-from proxy import __version__
 from proxy.completion import CompletionRequest
 from proxy.dialects.adjust import ReplyFixer
 from proxy.dialects.base import EVENT_STREAM, JSON, Writer, media_type
@@ -31,8 +28,9 @@ from proxy.outcome import Outcome
 from proxy.passthrough import PassedBody, PassThrough
 from proxy.providers.base import Call
 from proxy.redact import Redactor
+from proxy.response import Response
 from proxy.stops import Cutter
-from proxy.upstream import Upstream, UpstreamReply
+from proxy.upstream import Upstream, UpstreamCall, UpstreamReply
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +43,6 @@ ERROR_BODY_BYTES = 64 * 1024
 ERROR_SHOWN_BYTES = 1024
 ERROR_BODY_S = 2.0
 
-SERVER = f"completions-proxy/{__version__}"
 # What of an upstream's headers may reach the client beside an error.
 _SAFE_HEADERS = ("retry-after", "request-id")
 _SAFE_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-")
@@ -59,6 +56,10 @@ _TOLD_PREFIXES = (
 class Relay:
     """One call of an upstream and the reply it becomes.
 
+    Until the upstream's status is known a task waits; from then on the socket's
+    callbacks carry each read to the client at once (``_step``), and the task only
+    waits for the end, or for a client that does not read fast enough.
+
     Args:
         source: what the upstream is called in errors about its status.
         event_bytes: most bytes of one event.
@@ -70,7 +71,7 @@ class Relay:
 
     def __init__(
         self,
-        request: web.BaseRequest,
+        response: Response,
         completion: CompletionRequest,
         writer: Writer,
         call: Call,
@@ -85,9 +86,7 @@ class Relay:
         clients_credential: bool,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        self._clients_credential = clients_credential
-        self.response: web.StreamResponse | None = None
-        self._request = request
+        self._response = response
         self._completion = completion
         self._writer = writer
         self._call = call
@@ -97,103 +96,169 @@ class Relay:
         self._redact = redact
         self._log = log
         self._verbose = verbose
+        self._reply_headers = reply_headers
+        self._clients_credential = clients_credential
+        self._loop = loop
         self._unlogged = bytearray()
         self._exchange: Exchange | PassThrough | PassedBody | None = None
+        self._reply: UpstreamReply | None = None
         self._reply_type = ""
         self._passed_headers: dict[str, str] = {}
-        self._reply_headers = reply_headers
         self._status = 200
-        self._loop = loop
         self._task: asyncio.Task[object] | None = None
-        self._is_interrupted = False
+        self._stopped: ProxyError | None = None
+        self._event: asyncio.Future[None] | None = None
+        self._is_over = False  # the last byte was written
+        self._is_closing = False
 
     def interrupt(self) -> None:
         """End the reply now, with an error that the client understands."""
-        if self._task is not None:
-            self._is_interrupted = True
-            self._task.cancel()
+        self._stop(ShuttingDown())
 
-    async def run(
-        self, upstream: Upstream, started_s: float, timeout_s: float
-    ) -> web.StreamResponse:
-        """Return the response, written to its end.
+    async def run(self, upstream: Upstream, started_s: float, timeout_s: float) -> None:
+        """Say the whole reply.
 
         Raises: ProxyError: it failed before anything was said to the client.
                 ConnectionError: the client is gone.
         """
         self._started_s = started_s
+        self._timeout_s = timeout_s
+        self._deadline_s = self._due_s = started_s + timeout_s
         self._task = asyncio.current_task(self._loop)
-        deadline_s = started_s + timeout_s
+        self._timer = self._loop.call_at(self._due_s, self._tick)
+        call = self._call
+        asked = upstream.open(call.url, call.headers, call.body, self._outcome.endpoint)
         try:
-            try:
-                async with asyncio.timeout_at(deadline_s) as clock:
-                    await self._converse(upstream, clock, deadline_s)
-            except TimeoutError:
-                raise DeadlineExceeded(
-                    "context deadline exceeded: the upstream did not complete the "
-                    f"reply within {timeout_s * 1000:.0f} ms"
-                ) from None
-        except UpstreamFault as fault:
-            await self._fail(fault)
+            await self._converse(asked)
+        except asyncio.CancelledError:
+            # Either the client is gone, or we wanted to stop waiting.
+            if self._stopped is None or self._task is None or self._task.uncancel():
+                raise
+            self._say_failure(self._stopped)
+        except (UpstreamFault, ShuttingDown) as fault:
+            self._say_failure(fault)
         except (ConnectionError, ClientFault):
             raise
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if not self._is_interrupted or task is None:
-                raise
-            task.uncancel()
-            await self._fail(ShuttingDown())
         except Exception:
             # A bug: what was begun must still be ended as the client expects.
-            if self.response is None:
+            if not self._response.is_begun:
                 raise
             logger.exception("exchange %s: this is a bug", self._outcome.id)
-            await self._fail(
+            self._say_failure(
                 ProxyError(f"internal error, logged as {self._outcome.id}")
             )
         finally:
+            self._timer.cancel()
+            asked.drop()
             if self._unlogged:  # a last line without an end
                 self._log_data(len(self._unlogged))
-        assert self.response is not None
-        return self.response
+        if self._response.is_clogged:
+            await self._last_drain()
 
-    async def _converse(
-        self, upstream: Upstream, clock: asyncio.Timeout, deadline_s: float
-    ) -> None:
-        call, endpoint = self._call, self._outcome.endpoint
+    async def _converse(self, asked: UpstreamCall) -> None:
+        call, outcome = self._call, self._outcome
         if self._verbose:
-            self._log.upstream_request(
-                self._outcome.id, call.url, call.headers, call.body
+            self._log.upstream_request(outcome.id, call.url, call.headers, call.body)
+        reply = self._reply = await asked.start()
+        outcome.upstream_status = reply.status
+        if self._verbose:
+            self._log.upstream_reply(outcome.id, reply.status, dict(reply.pairs))
+        if not 200 <= reply.status < 300 and call.adjust:
+            raise await self._status_fault(reply)
+        self._status = 200 if call.adjust else reply.status
+        self._reply_type = reply.header("content-type")
+        if call.native:
+            self._passed_headers = _told(reply)
+        self._exchange = self._new_exchange()
+        self._step_on(reply, self._exchange)
+        if not self._is_over:
+            reply.listen(self._step)
+        while not self._is_over:
+            self._event = self._loop.create_future()
+            await self._event
+            if self._stopped is not None:
+                raise self._stopped
+            if self._response.is_clogged and not self._is_over:
+                # A slow client slows the upstream: nothing is queued in between.
+                self._event = None
+                reply.pause()
+                await self._response.drain()
+                reply.resume()
+                self._step_on(reply, self._exchange)
+        asked.finish()
+
+    def _step(self) -> None:
+        """Called by the upstream's socket when something has come."""
+        if self._event is None or self._reply is None or self._exchange is None:
+            return  # the task goes on by itself
+        if self._event.done():
+            return
+        try:
+            self._step_on(self._reply, self._exchange)
+        except Exception as error:
+            self._event.set_exception(error)
+
+    def _step_on(
+        self, reply: UpstreamReply, exchange: "Exchange | PassThrough | PassedBody"
+    ) -> None:
+        """Say what has arrived."""
+        out = b""
+        if data := self._take(reply):
+            out = exchange.receive_data(data)
+        is_complete = not exchange.is_ended and reply.is_complete
+        if is_complete:
+            out += exchange.receive_eof()
+        if exchange.is_answering and self._outcome.first_token_s is None:
+            elapsed_s = self._loop.time() - self._started_s
+            self._outcome.first_token_s = round(elapsed_s, 4)
+        if exchange.is_ended:
+            self._note(exchange.error)
+            self._end(out)
+            return
+        if out:
+            self._write(out)
+        if not data and (failure := reply.failure) is not None:
+            raise failure
+        if exchange.is_finishing and not self._is_closing:
+            self._is_closing = True
+            self._expect(self._loop.time() + GRACE_S)
+        if self._response.is_clogged:
+            self._wake()
+        elif reply.has_more or (data and reply.failure is not None):
+            self._loop.call_soon(self._step)
+
+    def _wake(self) -> None:
+        if self._event is not None and not self._event.done():
+            self._event.set_result(None)
+
+    # -------------------------------------------------------------------------- clocks
+
+    def _expect(self, due_s: float) -> None:
+        """Set the clock to an earlier time."""
+        if due_s < self._due_s:
+            self._due_s = due_s
+            self._timer.cancel()
+            self._timer = self._loop.call_at(due_s, self._tick)
+
+    def _tick(self) -> None:
+        self._stop(
+            DeadlineExceeded(
+                "context deadline exceeded: the upstream did not complete the "
+                f"reply within {self._timeout_s * 1000:.0f} ms"
             )
-        async with upstream.open(call.url, call.headers, call.body, endpoint) as reply:
-            self._outcome.upstream_status = reply.status
-            if self._verbose:
-                self._log.upstream_reply(
-                    self._outcome.id, reply.status, dict(reply.pairs)
-                )
-            if not 200 <= reply.status < 300 and self._call.adjust:
-                raise await self._status_fault(reply)
-            self._status = 200 if self._call.adjust else reply.status
-            self._reply_type = reply.header("content-type")
-            if call.native:
-                self._passed_headers = _told(reply.pairs)
-            exchange = self._exchange = self._new_exchange()
-            is_closing = False
-            out = b""
-            while not exchange.is_ended:
-                data = await self._read(reply)
-                out = exchange.receive_data(data) if data else exchange.receive_eof()
-                if exchange.is_answering and self._outcome.first_token_s is None:
-                    elapsed_s = self._loop.time() - self._started_s
-                    self._outcome.first_token_s = round(elapsed_s, 4)
-                if out and not exchange.is_ended:
-                    await self._write(out)
-                if exchange.is_finishing and not is_closing:
-                    is_closing = True
-                    clock.reschedule(min(deadline_s, self._loop.time() + GRACE_S))
-        self._note(exchange.error)
-        clock.reschedule(deadline_s)  # the short wait was for the upstream
-        await self._end(out)
+        )
+
+    def _stop(self, error: ProxyError) -> None:
+        """Stop waiting, whatever for."""
+        if self._task is None or self._stopped is not None or self._is_over:
+            return
+        self._stopped = error
+        if self._event is None:  # connecting, or waiting for a slow client
+            self._task.cancel()
+        else:
+            self._wake()
+
+    # ------------------------------------------------------------------------- reading
 
     def _new_exchange(self) -> Exchange | PassThrough | PassedBody:
         """Translate, or pass on what is of the client's dialect and form already."""
@@ -228,96 +293,95 @@ class Relay:
             redact=self._redact,
         )
 
-    async def _read(self, reply: UpstreamReply) -> bytes:
-        data = await reply.read()
+    def _take(self, reply: UpstreamReply) -> bytes:
+        data = reply.take()
         if self._verbose:
-            self._unlogged += data
-            # Lines as a whole: half of a credential would not be recognised as one.
-            if end := data.rfind(b"\n") + 1:
-                self._log_data(len(self._unlogged) - len(data) + end)
+            self._note_data(data)
         return data
+
+    def _note_data(self, data: bytes) -> None:
+        self._unlogged += data
+        # Lines as a whole: half of a credential would not be recognised as one.
+        if end := data.rfind(b"\n") + 1:
+            self._log_data(len(self._unlogged) - len(data) + end)
 
     def _log_data(self, end: int) -> None:
         self._log.upstream_data(self._outcome.id, bytes(self._unlogged[:end]))
         del self._unlogged[:end]
 
     async def _status_fault(self, reply: UpstreamReply) -> UpstreamStatus:
+        headers = reply.named(_is_safe)
         body = b""
         # Whatever becomes of the body, the status is what the client needs to know.
         with contextlib.suppress(UpstreamFault, TimeoutError):
             async with asyncio.timeout(ERROR_BODY_S):
-                while len(body) < ERROR_BODY_BYTES and (
-                    data := await self._read(reply)
-                ):
+                while len(body) < ERROR_BODY_BYTES and (data := await reply.read()):
+                    if self._verbose:
+                        self._note_data(data)
                     body += data
         # A character cut in two at the limit is left out.
         cut = body[:ERROR_SHOWN_BYTES]
         errors = "ignore" if len(body) > ERROR_SHOWN_BYTES else "replace"
         text = cut.decode(errors=errors).strip()
         fault = UpstreamStatus(
-            self._source, reply.status, text, headers=_safe(reply.pairs)
+            self._source, reply.status, text, headers=_printable(headers)
         )
         fault.is_clients_credential = self._clients_credential
         return fault
 
-    # ------------------------------------------------------------------------ writing
+    # ------------------------------------------------------------------------- writing
 
-    async def _write(self, out: bytes) -> None:
-        if self.response is None:
-            self.response = await self._start(out)
-        if not isinstance(self.response, web.Response):
-            await self.response.write(out)
+    def _write(self, out: bytes) -> None:
+        if self._response.is_begun:
+            self._response.write(out)
+        else:
+            self._response.begin(self._status, self._headers(is_stream=True), out)
 
-    async def _start(self, out: bytes) -> web.StreamResponse:
-        headers = own_headers(self._outcome.id) | self._reply_headers
-        passed = not isinstance(self._exchange, Exchange)
+    def _headers(self, *, is_stream: bool) -> dict[str, str]:
+        headers = dict(self._writer.stream_headers) if is_stream else {}
+        if isinstance(self._exchange, Exchange):
+            if not is_stream:
+                headers["Content-Type"] = JSON
+        else:
+            headers |= self._passed_headers
+            if self._reply_type:
+                headers["Content-Type"] = self._reply_type
+        headers |= self._reply_headers
         if adjusted := self._adjusted():
             headers["X-Proxy-Adjusted"] = ", ".join(adjusted)
-        is_stream = (
-            self._completion.stream
-            if isinstance(self._exchange, Exchange)
-            else isinstance(self._exchange, PassThrough)
-        )
-        if passed:
-            headers = self._passed_headers | headers
-        if not is_stream:
-            headers["Content-Type"] = self._reply_type if passed else JSON
-            return web.Response(status=self._status, body=out, headers=headers)
-        headers = {**self._writer.stream_headers, **headers}
-        if passed and self._reply_type:
-            headers["Content-Type"] = self._reply_type
-        response = web.StreamResponse(status=self._status, headers=headers)
-        if not self._request.keep_alive:
-            response.headers["Connection"] = "close"
-        if self._request.version == (1, 1):
-            response.enable_chunked_encoding()
-        else:  # then only the end of the connection ends the reply
-            response.force_close()
-            response.headers["Connection"] = "close"
-        await response.prepare(self._request)
-        return response
+        return headers
 
     def _adjusted(self) -> list[str]:
         names = [f"request.{name}" for name in self._completion.dropped]
         names += self._call.adjusted
-        if isinstance(self._exchange, PassThrough | PassedBody):
+        if not isinstance(self._exchange, Exchange | None):
             names += self._exchange.adjusted
         return names
 
-    async def _end(self, out: bytes) -> None:
+    def _end(self, out: bytes) -> None:
         """Write the last bytes together with the end of the body."""
+        self._is_over = True
         self._outcome.adjusted = self._adjusted()
-        if self.response is None:
-            self.response = await self._start(out)
-        await self.response.prepare(self._request)
-        is_whole = isinstance(self.response, web.Response)  # it has its body already
-        await self.response.write_eof(b"" if is_whole else out)
+        response = self._response
+        if response.is_begun:
+            response.end(out)
+        elif self._is_stream():
+            response.begin(self._status, self._headers(is_stream=True), b"")
+            response.end(out)
+        else:
+            response.whole(self._status, self._headers(is_stream=False), out)
+        self._wake()
 
-    async def _fail(self, error: ProxyError) -> None:
+    def _is_stream(self) -> bool:
+        if isinstance(self._exchange, Exchange):
+            return self._completion.stream
+        return isinstance(self._exchange, PassThrough)
+
+    def _say_failure(self, error: ProxyError) -> None:
         """Say an error after the start of the reply. Raises it if there was none."""
         self._note(error)
-        exchange = self._exchange
-        if self.response is None and (exchange is None or exchange.is_ended):
+        exchange, is_begun = self._exchange, self._response.is_begun
+        if not is_begun and (exchange is None or exchange.is_ended):
             raise error
         if exchange is None or exchange.is_ended:
             self._abort()  # all was said, but the client does not take it
@@ -327,7 +391,7 @@ class Relay:
             raise
         except Exception:
             # A bug in saying it. A second reply must not follow within the first.
-            if self.response is None:
+            if not is_begun:
                 raise
             logger.exception("exchange %s: this is a bug", self._outcome.id)
             self._abort()
@@ -335,15 +399,21 @@ class Relay:
         if self._call.native and not self._call.adjust and exchange.error is not None:
             # Bytes as they are: then a broken stream can only be broken here, too.
             self._abort()
+        self._end(out)
+
+    async def _last_drain(self) -> None:
+        """The client has its last bytes to read; one that does not is not waited for."""
+        now_s = self._loop.time()
+        is_whole = self._outcome.kind == "ok"
+        end_s = max(now_s + LAST_WRITE_S, is_whole and self._deadline_s)
         try:
-            async with asyncio.timeout(LAST_WRITE_S):
-                await self._end(out)
-        except TimeoutError:  # the client does not read
+            async with asyncio.timeout_at(end_s):
+                await self._response.drain()
+        except TimeoutError:
             self._abort()
 
     def _abort(self) -> NoReturn:
-        if self._request.transport is not None:
-            self._request.transport.abort()
+        self._response.abort()
         raise ConnectionResetError("aborted")
 
     def _note(self, error: ProxyError | None) -> None:
@@ -351,32 +421,26 @@ class Relay:
         self._outcome.error = error.log_text if error is not None else ""
 
 
-def own_headers(exchange_id: str) -> dict[str, str]:
-    """What every reply of an exchange carries."""
-    return {"Server": SERVER, "X-Request-Id": exchange_id}
-
-
-def _told(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
+def _told(reply: UpstreamReply) -> dict[str, str]:
     """What a reply that passes through keeps of its headers: what it says of itself."""
-    return {
-        name: value
-        for name, value in headers
-        if name.lower().startswith(_TOLD_PREFIXES)
-        and value.isascii()
-        and value.isprintable()
-    }
+    return _printable(reply.named(_is_told))
 
 
-def _safe(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
+@lru_cache(maxsize=1024)
+def _is_told(name: str) -> bool:
+    return name.startswith(_TOLD_PREFIXES)
+
+
+def _is_safe(name: str) -> bool:
     """Headers of an upstream's error that help the client, and nothing else: not its
     cookies, not its lengths and encodings, which are those of another body.
     """
+    return name in _SAFE_HEADERS or name.startswith(_SAFE_PREFIXES)
+
+
+def _printable(headers: dict[str, str]) -> dict[str, str]:
     return {
-        lower: value
-        for name, value in headers
-        if (
-            (lower := name.lower()) in _SAFE_HEADERS or lower.startswith(_SAFE_PREFIXES)
-        )
-        and value.isascii()
-        and value.isprintable()
+        name: value
+        for name, value in headers.items()
+        if value.isascii() and value.isprintable()
     }

@@ -69,12 +69,13 @@ FORWARDED = {
 }
 
 
-def narrow(path: str, incoming: Incoming, body: bytes) -> Incoming:
-    """Return what answers a body where that decides: ``/invocations`` takes chats and
-    completions of OpenAI's as well.
+INVOCATIONS = "/invocations"
+
+
+def narrow(incoming: Incoming, body: bytes) -> Incoming:
+    """Return what answers a body at ``INVOCATIONS``, which takes chats and completions
+    of OpenAI's as well.
     """
-    if path != "/invocations":
-        return incoming
     try:
         fields = decode_fields(body)
     except InvalidRequest:
@@ -102,7 +103,7 @@ ERRORS: tuple[tuple[str, Callable[[], Incoming]], ...] = (
     ("/v1/", openai.ChatCompletions),
     ("/.api/llm/", openai.ChatCompletions),
     ("/.api/", lambda: cody.Completions("chat")),
-    ("/", lambda: tgi.Generate("/")),
+    ("", lambda: tgi.Generate("/")),
 )
 
 

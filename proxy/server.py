@@ -10,16 +10,18 @@ import logging
 import os
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeAlias, cast
 from urllib.parse import unquote
 
 import aiohttp
+import msgspec
 from aiohttp import web
 from msgspec import json, structs
 
 from proxy import __version__, pages, routes
 from proxy.auth import NOT_GIVEN, Access, credential
-from proxy.completion import CompletionRequest, Feature, Usage
+from proxy.completion import CompletionRequest, Feature
 from proxy.config import Settings
 from proxy.dialects.adjust import (
     ADJUSTED,
@@ -27,9 +29,17 @@ from proxy.dialects.adjust import (
     encode_fields,
     mend,
     raw,
-    reduce,
 )
-from proxy.dialects.base import JSON, Head, Incoming, Reply, Writer
+from proxy.dialects.base import (
+    JSON,
+    Chosen,
+    Head,
+    Incoming,
+    Native as NativeDialect,
+    Reply,
+    Writer,
+    choose,
+)
 from proxy.errors import (
     InvalidRequest,
     MethodNotAllowed,
@@ -46,9 +56,10 @@ from proxy.log import ExchangeLog
 from proxy.modelconfig.resolved import Endpoint, Model, Provider as ProviderSettings
 from proxy.outcome import Outcome
 from proxy.providers import PROVIDERS
-from proxy.providers.base import Asked, Call, pass_on, token_query
+from proxy.providers.base import Asked, Call, Native, pass_on, token_query
 from proxy.redact import Redactor
-from proxy.relay import LAST_WRITE_S, SERVER, Relay, own_headers
+from proxy.relay import LAST_WRITE_S, Relay
+from proxy.response import Response, own_headers
 from proxy.upstream import Upstream
 
 logger = logging.getLogger(__name__)
@@ -65,6 +76,12 @@ _NO_PATH = Reply(400, "text/plain; charset=utf-8", b"the request names no path\n
 _HEALTHY = Reply(200, "text/plain; charset=utf-8", __version__.encode())
 _PRINTABLE_PATH = re.compile(r"/[!-~]*")
 _MOST_ENCODINGS = 4
+# First lines of requests that are remembered with what they come to.
+_MAX_TARGETS = 1024
+_MAX_KEPT_CHARS = 512
+
+# aiohttp's, or one of ours.
+AnyResponse: TypeAlias = Response | web.StreamResponse
 _DUPLICATE_SLASHES = re.compile(r"/{2,}")
 
 
@@ -94,47 +111,87 @@ class Proxy:
         self.is_idle = asyncio.Event()
         self.is_idle.set()
         self._incoming = routes.incoming(settings)
+        self._targets: dict[str, _Target] = {}
 
-    @contextlib.contextmanager
-    def busy(self, relay: Relay) -> Iterator[None]:
+    def started(self, relay: Relay) -> None:
         """Count a relay among the running ones."""
         self.relays.add(relay)
         self.is_idle.clear()
-        try:
-            yield
-        finally:
-            self.relays.discard(relay)
-            if not self.relays:
-                self.is_idle.set()
 
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+    def finished(self, relay: Relay) -> None:
+        self.relays.discard(relay)
+        if not self.relays:
+            self.is_idle.set()
+
+    async def handle(self, request: web.BaseRequest) -> AnyResponse:
         """Answer one request, whatever happens, and write its log line."""
-        path = _DUPLICATE_SLASHES.sub("/", request.path)
-        if not path.startswith("/"):  # "*", or a whole URL without a path
-            return await _send(request, _NO_PATH, {"Server": SERVER})
-        if path in ("/healthz", "/-/healthz", "/-/__version"):
-            return await _send(request, _HEALTHY, {"Server": SERVER})
-        outcome = Outcome(id=f"{random.getrandbits(64):016x}", route=path)
-        incoming = self._incoming.get(path)
-        is_exchange = incoming is not None and (path != "/" or request.method == "POST")
-        handling = (_Handling if is_exchange else _Page)(
-            self, request, path, incoming or routes.errors_at(path), outcome
-        )
-        try:
-            response = await handling.run()
-            outcome.status = response.status
+        target = self._targets.get(request.raw_path) or self._target(request)
+        if target.reply is not None:
+            response = Response(request)
+            response.reply(target.reply)
             return response
+        outcome = Outcome(
+            id=f"{random.getrandbits(64):016x}",
+            route=target.path,
+            api_version=target.api_version,
+            client=target.client,
+        )
+        is_exchange = target.is_exchange and (
+            target.path != "/" or request.method == "POST"
+        )
+        handling = (_Handling if is_exchange else _Page)(self, request, target, outcome)
+        try:
+            answered = await handling.run()
+            outcome.status = answered.status
+            return answered
         except asyncio.CancelledError:
             outcome.kind = "client_gone"
             raise
         except ConnectionError:
             if outcome.kind in ("", "ok"):
                 outcome.kind = "client_gone"
-            return web.Response(status=499)  # reaches nobody
+            return Response(request)  # reaches nobody
         finally:
             outcome.duration_s = handling.elapsed_s()
             outcome.kind = outcome.kind or "ok"
             self.log.outcome(outcome)
+
+    def _target(self, request: web.BaseRequest) -> "_Target":
+        """Say what a request's first line asks for; clients ask for few things."""
+        path = _DUPLICATE_SLASHES.sub("/", request.path)
+        query = request.query
+        client = f"{query.get('client-name', '')}/{query.get('client-version', '')}"
+        reply = None
+        if not path.startswith("/"):  # "*", or a whole URL without a path
+            reply = _NO_PATH
+        elif path in ("/healthz", "/-/healthz", "/-/__version"):
+            reply = _HEALTHY
+        target = _Target(
+            path,
+            self._incoming.get(path) or routes.errors_at(path),
+            path in self._incoming,
+            query,
+            query.get("api-version", "")[:8],
+            client.strip("/")[:64],
+            reply,
+        )
+        if len(request.raw_path) <= _MAX_KEPT_CHARS:
+            if len(self._targets) >= _MAX_TARGETS:
+                self._targets.clear()
+            self._targets[request.raw_path] = target
+        return target
+
+
+class _Target(msgspec.Struct, frozen=True):
+    """What the first line of a request comes to. ``reply`` needs no look at the rest."""
+
+    path: str
+    incoming: Incoming
+    is_exchange: bool
+    query: Mapping[str, str]
+    api_version: str
+    client: str
+    reply: Reply | None
 
 
 class _Handling:
@@ -144,48 +201,46 @@ class _Handling:
         self,
         proxy: Proxy,
         request: web.BaseRequest,
-        path: str,
-        incoming: Incoming,
+        target: _Target,
         outcome: Outcome,
     ) -> None:
         self._proxy = proxy
         self._request = request
-        self._path = path
-        self._incoming = incoming
+        self._path = target.path
+        self._incoming = target.incoming
         self._outcome = outcome
+        self._response = Response(request, outcome.id)
+        self._head = Head(request.method, target.path, target.query, request.headers)
         self._loop = proxy.loop
-        self._started_s = self._loop.time()
+        self._started_s = proxy.loop.time()
         self._refusal: Unauthorized | None = None
 
     def elapsed_s(self) -> float:
         return round(self._loop.time() - self._started_s, 4)
 
-    async def run(self) -> web.StreamResponse:
+    async def run(self) -> AnyResponse:
         """Raises: ConnectionError: the client is gone."""
         say = self._incoming.error_reply
         try:
-            head = self._head()
-            self._check(head)
+            self._check(self._head)
             body = await self._read_body()
-            self._incoming = routes.narrow(self._path, self._incoming, body)
-            say = self._incoming.error_reply
-            completion, writer, body = self._parse(head, body)
-            say = writer.error_reply
-            return await self._complete(completion, writer, body)
+            if self._path == routes.INVOCATIONS:
+                self._incoming = routes.narrow(self._incoming, body)
+                say = self._incoming.error_reply
+            asked = self._parse(body)
+            say = asked.writer.error_reply
+            await self._complete(asked)
         except ProxyError as error:
-            return await self._send_error(say(self._noted(error)))
+            self._response.reply(say(self._noted(error)))
         except ConnectionError:
             raise
         except Exception:
-            return await self._send_error(say(self._noted(self._bug())))
-
-    def _head(self) -> Head:
-        request, outcome = self._request, self._outcome
-        query = request.query
-        outcome.api_version = query.get("api-version", "")[:8]
-        client = f"{query.get('client-name', '')}/{query.get('client-version', '')}"
-        outcome.client = client.strip("/")[:64]
-        return Head(request.method, self._path, query, request.headers)
+            bug = self._noted(self._bug())
+            if self._response.is_begun:
+                self._response.abort()
+                raise ConnectionResetError("aborted") from None
+            self._response.reply(say(bug))
+        return self._response
 
     def _check(self, head: Head) -> None:
         """Refuse what needs no look at the body, in the order clients know."""
@@ -216,27 +271,32 @@ class _Handling:
 
         Raises: Unauthorized: nobody vouches for the client.
         """
-        endpoint = random.choice(settings.endpoints)
+        endpoints = settings.endpoints
+        endpoint = endpoints[0] if len(endpoints) == 1 else random.choice(endpoints)
         self._outcome.provider, self._outcome.endpoint = settings.id, endpoint.name
         if not settings.client_credentials:
             if self._refusal is not None:
                 raise self._refusal
             return endpoint
-        token = credential(_authorization(self._head(), "Authorization"))
+        token = credential(_authorization(self._head, "Authorization"))
         if not token:
             raise Unauthorized("this model is asked with your own API key: send one")
         return structs.replace(endpoint, access_token=token, headers={})
 
     async def _read_body(self) -> bytes:
+        request = self._request
         limit = self._proxy.settings.limits.body_bytes
-        if (self._request.content_length or 0) > limit:
+        if (request.content_length or 0) > limit:
             raise _too_large(limit)
         self._continue()
         try:
-            if self._request.content.is_eof():  # all of it came with the head
-                return await self._request.read()
+            if request.content.is_eof():  # all of it came with the head
+                body = request.content.read_nowait()
+                if len(body) > limit:
+                    raise _too_large(limit)
+                return body
             async with asyncio.timeout_at(self._started_s + self._timeout_s("chat")):
-                return await self._request.read()
+                return await request.read()
         except TimeoutError:
             raise RequestTimeout("the request's body did not come in time") from None
         except web.HTTPRequestEntityTooLarge:
@@ -250,27 +310,22 @@ class _Handling:
     def _continue(self) -> None:
         # web.Application would do this; the low-level server leaves it to us. curl
         # waits a second for it before it sends a longer body.
-        expect = self._request.headers.get("Expect", "").lower()
+        expect = self._request.headers.get("Expect")
         transport = self._request.transport
-        if expect == "100-continue" and transport is not None:
+        if (
+            expect is not None
+            and expect.lower() == "100-continue"
+            and transport is not None
+        ):
             transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    async def _complete(
-        self, completion: CompletionRequest, writer: Writer, body: bytes
-    ) -> web.StreamResponse:
-        proxy, outcome = self._proxy, self._outcome
-        outcome.feature, outcome.stream = completion.feature, completion.stream
-        completion.user = outcome.user
-        model = proxy.models.choose(
-            completion.feature, completion.model, completion.fast
-        )
-        outcome.model = model.ref
-        settings = proxy.models.providers[model.provider_id]
-        call = self._call(completion, model, settings, body)
+    async def _complete(self, asked: "_Asked") -> None:
+        proxy, outcome, settings = self._proxy, self._outcome, asked.settings
+        completion, call = asked.completion, self._call(asked)
         relay = Relay(
-            self._request,
+            self._response,
             completion,
-            writer,
+            asked.writer,
             call,
             outcome,
             source=proxy.providers[settings.id].source,
@@ -278,87 +333,92 @@ class _Handling:
             redact=proxy.redact,
             log=proxy.log,
             verbose=settings.verbose_logs,
-            reply_headers=routes.reply_headers(self._path, model),
+            reply_headers=routes.reply_headers(self._path, asked.model),
             clients_credential=settings.client_credentials,
             loop=proxy.loop,
         )
-        timeout_s = self._timeout_s(completion.feature)
+        proxy.started(relay)
         try:
-            with proxy.busy(relay):
-                return await relay.run(proxy.upstream, self._started_s, timeout_s)
+            await relay.run(
+                proxy.upstream, self._started_s, self._timeout_s(completion.feature)
+            )
         finally:
-            self._count(call.reader.usage)
+            proxy.finished(relay)
+            if (usage := call.reader.usage) is not None:
+                outcome.prompt_tokens = usage.prompt_tokens
+                outcome.completion_tokens = usage.completion_tokens
 
-    def _call(
-        self,
-        completion: CompletionRequest,
-        model: Model,
-        settings: ProviderSettings,
-        body: bytes,
-    ) -> Call:
+    def _call(self, asked: "_Asked") -> Call:
         """Hand the client's bytes on where the upstream speaks its dialect."""
-        provider, endpoint = (
-            self._proxy.providers[settings.id],
-            self._endpoint(settings),
-        )
-        asked = Asked(self._incoming.dialect, self._path)
-        native = provider.native(asked, completion, model, endpoint)
-        if native is None:
-            return provider.call(completion, model, endpoint)
-        completion.dropped = []
+        native, settings = asked.native, asked.settings
+        if native is None or asked.chosen is None:
+            provider = self._proxy.providers[settings.id]
+            return provider.call(asked.completion, asked.model, asked.endpoint)
+        asked.completion.dropped = []
         return pass_on(
             native,
-            asked.dialect,
-            completion,
-            model,
-            body,
+            self._incoming.dialect,
+            asked.chosen,
+            asked.model,
+            asked.body,
             profile=settings.server_profile,
             adjust=settings.adjust,
         )
 
-    def _parse(
-        self, head: Head, body: bytes
-    ) -> tuple[CompletionRequest, Writer, bytes]:
-        """Return also the body, which may have had to be mended."""
-        incoming = self._incoming
-        if incoming.dialect in ADJUSTED and (reduced := reduce(body)) is not None:
+    def _parse(self, body: bytes) -> "_Asked":
+        """Say what is asked for, of which model, and of which endpoint."""
+        incoming, head = self._incoming, self._head
+        is_passable = incoming.dialect in ADJUSTED
+        chosen = choose(body) if is_passable else None
+        if chosen is not None:
+            sketch = cast(NativeDialect, incoming).sketch
             # Where the upstream speaks the client's dialect, it says itself what is
             # wrong with the rest, and understands what cannot be translated.
-            completion, writer = incoming.parse(head, reduced)
-            if self._is_native(completion):
-                return completion, writer, body
+            asked = self._choose(*sketch(head, chosen), body, chosen)
+            if asked.native is not None:
+                return asked
         try:
-            return *incoming.parse(head, body), body
+            completion, writer = incoming.parse(head, body)
         except InvalidRequest:
             if (mended := mend(body)) is None:
                 raise
-            return *incoming.parse(head, mended), mended
+            completion, writer = incoming.parse(head, mended)
+            body = mended
+        if is_passable:
+            chosen = choose(body)
+        return self._choose(completion, writer, body, chosen)
 
-    def _is_native(self, completion: CompletionRequest) -> bool:
-        proxy = self._proxy
-        model = proxy.models.choose(
-            completion.feature, completion.model, completion.fast
+    def _choose(
+        self,
+        completion: CompletionRequest,
+        writer: Writer,
+        body: bytes,
+        chosen: Chosen | None,
+    ) -> "_Asked":
+        outcome, models = self._outcome, self._proxy.models
+        outcome.feature, outcome.stream = completion.feature, completion.stream
+        completion.user = outcome.user
+        model = models.choose(completion.feature, completion.model, completion.fast)
+        outcome.model = model.ref
+        settings = models.providers[model.provider_id]
+        endpoint = self._endpoint(settings)
+        native = None
+        if chosen is not None:  # else it is of no dialect that passes
+            native = self._proxy.providers[settings.id].native(
+                Asked(self._incoming.dialect, self._path), completion, model, endpoint
+            )
+        return _Asked(
+            completion, writer, body, chosen, model, settings, endpoint, native
         )
-        settings = proxy.models.providers[model.provider_id]
-        asked = Asked(self._incoming.dialect, self._path)
-        provider = proxy.providers[settings.id]
-        endpoint = settings.endpoints[0]
-        return provider.native(asked, completion, model, endpoint) is not None
 
     def _timeout_s(self, feature: Feature) -> float:
-        text = self._request.headers.get("X-Timeout-Ms", "").strip()
-        if text.isascii() and text.isdigit() and int(text[:9]) > 0:
-            return int(text[:9]) / 1000
+        given = self._request.headers.get("X-Timeout-Ms")
+        if given is not None:
+            text = given.strip()
+            if text.isascii() and text.isdigit() and int(text[:9]) > 0:
+                return int(text[:9]) / 1000
         timeouts = self._proxy.settings.timeouts
         return timeouts.chat_s if feature == "chat" else timeouts.code_s
-
-    def _count(self, usage: Usage | None) -> None:
-        if usage is not None:
-            self._outcome.prompt_tokens = usage.prompt_tokens
-            self._outcome.completion_tokens = usage.completion_tokens
-
-    async def _send_error(self, reply: Reply) -> web.StreamResponse:
-        return await _send(self._request, reply, own_headers(self._outcome.id))
 
     def _noted(self, error: ProxyError) -> ProxyError:
         self._outcome.kind = error.kind
@@ -374,27 +434,43 @@ class _Handling:
         return ProxyError(f"internal error of the proxy, logged as {self._outcome.id}")
 
 
+class _Asked(msgspec.Struct):
+    """What a request asks for, and who is to answer it.
+
+    ``native`` if the upstream speaks the client's dialect, so that ``body`` passes.
+    """
+
+    completion: CompletionRequest
+    writer: Writer
+    body: bytes
+    chosen: Chosen | None
+    model: Model
+    settings: ProviderSettings
+    endpoint: Endpoint
+    native: Native | None
+
+
 class _Page(_Handling):
     """A request that is no exchange: answered from the configuration, or handed on."""
 
-    async def run(self) -> web.StreamResponse:
+    async def run(self) -> AnyResponse:
         try:
-            head = self._head()
             if not self._is_known():
                 raise UnknownPath(f"nothing is served at {self._path}")
-            self._check_token(head)
-            return await self._answer(head)
+            self._check_token(self._head)
+            return await self._answer(self._head)
         except ProxyError as error:
-            return await self._send_error(
-                self._incoming.error_reply(self._noted(error))
-            )
+            return self._respond(self._incoming.error_reply(self._noted(error)))
         except ConnectionError:
             raise
         except Exception:
-            bug = self._noted(self._bug())
-            return await self._send_error(self._incoming.error_reply(bug))
+            return self._respond(self._incoming.error_reply(self._noted(self._bug())))
 
-    async def _answer(self, head: Head) -> web.StreamResponse:
+    def _respond(self, reply: Reply) -> Response:
+        self._response.reply(reply)
+        return self._response
+
+    async def _answer(self, head: Head) -> AnyResponse:
         path, models = self._path, self._proxy.models
         is_get = head.method in ("GET", "HEAD")
         if is_get and path.startswith(_MODEL_LISTS):
@@ -402,15 +478,15 @@ class _Page(_Handling):
             if self._proxy.settings.list_upstream_models:
                 listed += await self._reported({model.id for model in listed})
             anthropic = "anthropic-version" in head.headers
-            return await self._say(pages.model_list(path, listed, anthropic=anthropic))
+            return self._say(pages.model_list(path, listed, anthropic=anthropic))
         if is_get and path == "/v1/limits":
-            return await self._say(pages.limits(models))
+            return self._say(pages.limits(models))
         if path == "/v1/limits/refresh":  # there is nothing to refresh
-            return await self._say(Reply(200, JSON, b""))
+            return self._say(Reply(200, JSON, b""))
         if is_get and path == "/":
             return await self._forward("/health")
         if is_get and path == "/info" and not self._is_tgi():
-            return await self._say(pages.info(models.choose("chat", "", False)))
+            return self._say(pages.info(models.choose("chat", "", False)))
         # An unknown path is handed on as it came, not as it reads.
         raw_path = self._request.rel_url.raw_path
         return await self._forward(routes.FORWARDED.get(path, raw_path))
@@ -425,10 +501,10 @@ class _Page(_Handling):
             self._request.rel_url.raw_path
         )
 
-    async def _say(self, reply: Reply) -> web.StreamResponse:
+    def _say(self, reply: Reply) -> Response:
         if self._refusal is not None:
             raise self._refusal
-        return await _send(self._request, reply, own_headers(self._outcome.id))
+        return self._respond(reply)
 
     def _is_tgi(self) -> bool:
         models = self._proxy.models
@@ -537,16 +613,6 @@ def _authorization(head: Head, header: str) -> str | None:
     return given or (f"Bearer {key}" if key else None)
 
 
-async def _send(
-    request: web.BaseRequest, reply: Reply, own: Mapping[str, str]
-) -> web.Response:
-    headers = {**reply.headers, **own, "Content-Type": reply.content_type}
-    response = web.Response(status=reply.status, body=reply.body, headers=headers)
-    await response.prepare(request)
-    await response.write_eof()
-    return response
-
-
 class Listener:
     """The low-level server on its sockets.
 
@@ -557,7 +623,11 @@ class Listener:
     def __init__(self, proxy: Proxy, grace_s: float = 10.0) -> None:
         self._proxy = proxy
         server = web.Server(
-            proxy.handle,
+            # What it asks of a response, ours can answer.
+            cast(
+                "Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]",
+                proxy.handle,
+            ),
             request_factory=self._request,
             # Without this a client's hang-up is noticed only at the next write.
             handler_cancellation=True,

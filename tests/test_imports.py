@@ -13,7 +13,7 @@ FLOORS = [
         *("exchange", "passthrough", "outcome", "log"),
         *("auth", "config", "routes", "pages"),
     },
-    {"upstream", "relay", "forward", "server", "simulator", "probe"},
+    {"upstream", "response", "relay", "forward", "server", "simulator", "probe"},
     {"__main__"},
 ]
 # Rooms of one floor are independent of one another, but for these.
@@ -24,10 +24,10 @@ NEIGHBOURS = {
     "log": {"outcome"},
     "auth": {"config"},
     "routes": {"config"},
-    "relay": {"upstream"},
+    "relay": {"upstream", "response"},
     "probe": {"upstream"},
     "forward": {"upstream"},
-    "server": {"relay", "forward", "upstream"},
+    "server": {"relay", "forward", "response", "upstream"},
 }
 WAITING = {"asyncio", "aiohttp", "socket", "threading", "uvloop"}
 

@@ -1187,6 +1187,7 @@ async def test_client_that_takes_its_time_for_the_last_bytes(
 ):
     """The short wait after the finish reason is for the upstream, not for the client."""
     monkeypatch.setattr("proxy.relay.GRACE_S", 0.05)
+    monkeypatch.setattr("proxy.relay.LAST_WRITE_S", 0.1)
     text = "x" * 6_000_000
     upstream.script(sse(b"".join([openai_text(text), *openai_chunks(["b"])])))
     proxy = await start(model_configuration(upstream.url))

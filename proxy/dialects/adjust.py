@@ -71,43 +71,6 @@ def _is_sound(body: bytes) -> bool:
     return True
 
 
-class _Chosen(msgspec.Struct):
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: dict[str, object] | None = None
-
-
-_decode_chosen = msgspec.json.Decoder(_Chosen).decode
-
-
-class _Reduced(msgspec.Struct):
-    """The least that every dialect parses, with what decides where a request goes and
-    what form its reply has.
-    """
-
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: dict[str, object] | None = None
-    messages: list[dict[str, str]] = msgspec.field(
-        default_factory=lambda: [{"role": "user", "content": "-"}]
-    )
-    prompt: str = "-"
-    inputs: str = "-"
-    max_tokens: int = 1
-
-
-def reduce(body: bytes) -> bytes | None:
-    """Return a small body that asks for the same model in the same form.
-
-    None if it is no JSON object that has these fields in the usual types.
-    """
-    try:
-        chosen = _decode_chosen(body)
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
-        return None
-    return _encode(_Reduced(chosen.model, chosen.stream, chosen.stream_options))
-
-
 def _value(fields: Fields, key: str) -> object:
     """None also for what is too odd to decode: then it stays as it is."""
     try:

@@ -37,6 +37,7 @@ from proxy.completion import (
 from proxy.dialects.base import (
     EVENT_STREAM,
     JSON,
+    Chosen,
     Head,
     Reply,
     Writer,
@@ -387,6 +388,11 @@ class Messages(_Incoming):
 
     dialect = "anthropic"
     _decode = msgspec.json.Decoder(_MessagesBody).decode
+
+    def sketch(self, head: Head, chosen: Chosen) -> tuple[CompletionRequest, Writer]:
+        model = (chosen.model or "").strip()
+        request = CompletionRequest("chat", [], model, stream=bool(chosen.stream))
+        return request, MessagesWriter(model)
 
     def parse(self, head: Head, body: bytes) -> tuple[CompletionRequest, Writer]:
         request = _read(body, self._decode, _messages_request)

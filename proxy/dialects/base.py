@@ -38,6 +38,36 @@ class Head(msgspec.Struct, frozen=True):
     headers: Mapping[str, str]
 
 
+class StreamOptions(msgspec.Struct, gc=False):
+    include_usage: bool | None = None
+
+
+class Chosen(msgspec.Struct, gc=False):
+    """What of a JSON body decides where it goes, and what form its reply has."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: object = None
+    prompt: msgspec.Raw = msgspec.Raw(b"null")
+
+    @property
+    def is_several(self) -> bool:
+        """Several answers at once are asked for."""
+        return self.n not in (None, 1) or bytes(self.prompt)[:1] == b"["
+
+
+_decode_chosen = msgspec.json.Decoder(Chosen).decode
+
+
+def choose(body: bytes) -> Chosen | None:
+    """None if it is no JSON object that has these fields in the usual types."""
+    try:
+        return _decode_chosen(body)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return None
+
+
 class Reply(msgspec.Struct):
     """A whole reply to a client."""
 
@@ -127,6 +157,14 @@ class Incoming(Protocol):
 
     def error_reply(self, error: ProxyError) -> Reply:
         """Say a failure that happened before there was a writer."""
+        ...
+
+
+class Native(Incoming, Protocol):
+    """A dialect whose requests and replies can pass through."""
+
+    def sketch(self, head: Head, chosen: Chosen) -> tuple[CompletionRequest, Writer]:
+        """Return what is known of a request whose body passes: not its messages."""
         ...
 
 

@@ -6,14 +6,17 @@ the feature, and how it words a failure before a reply has begun.
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import msgspec
 
 from proxy.completion import CompletionRequest, Delta, Feature
 from proxy.dialects.base import (
     JSON,
+    Chosen,
     Head,
     Incoming,
+    Native,
     Reply,
     Writer,
     client_status,
@@ -80,6 +83,12 @@ class GatewayRoute:
 
     def check(self, head: Head) -> None:
         self._choose(head)[1].check(head)
+
+    def sketch(self, head: Head, chosen: Chosen) -> tuple[CompletionRequest, Writer]:
+        feature, inner = self._choose(head)
+        request, writer = cast(Native, inner).sketch(head, chosen)
+        request.feature = feature
+        return request, GatewayWriter(self._id, writer)
 
     def parse(self, head: Head, body: bytes) -> tuple[CompletionRequest, Writer]:
         feature, inner = self._choose(head)

@@ -39,6 +39,7 @@ from proxy.completion import (
 )
 from proxy.dialects.base import (
     JSON,
+    Chosen,
     Head,
     Reply,
     Writer,
@@ -468,6 +469,10 @@ class ChatCompletions(_Route):
 
     dialect = "openai-chat"
 
+    def sketch(self, head: Head, chosen: Chosen) -> tuple[CompletionRequest, Writer]:
+        request = _sketch("chat", chosen)
+        return request, ChatWriter(request.model, include_usage=_wants_usage(chosen))
+
     def parse(self, head: Head, body: bytes) -> tuple[CompletionRequest, Writer]:
         wire = _decode(_decode_chat, body)
         limit = positive(wire.max_completion_tokens) or positive(wire.max_tokens)
@@ -484,6 +489,11 @@ class Completions(_Route):
 
     dialect = "openai-completions"
 
+    def sketch(self, head: Head, chosen: Chosen) -> tuple[CompletionRequest, Writer]:
+        request = _sketch("code", chosen)
+        include_usage = _wants_usage(chosen)
+        return request, CompletionWriter(request.model, include_usage=include_usage)
+
     def parse(self, head: Head, body: bytes) -> tuple[CompletionRequest, Writer]:
         wire = _decode(_decode_completion, body)
         messages = [Message("user", [TextPart(_prompt(wire.prompt))])]
@@ -494,8 +504,13 @@ class Completions(_Route):
         return request, writer
 
 
-def _wants_usage(wire: _Body) -> bool:
+def _wants_usage(wire: _Body | Chosen) -> bool:
     return wire.stream_options is not None and bool(wire.stream_options.include_usage)
+
+
+def _sketch(feature: Feature, chosen: Chosen) -> CompletionRequest:
+    model = (chosen.model or "").strip()
+    return CompletionRequest(feature, [], model, stream=bool(chosen.stream))
 
 
 # ----------------------------------------------------------------------------- errors

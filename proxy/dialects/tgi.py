@@ -29,6 +29,7 @@ from proxy.dialects.base import (
     EVENT_STREAM,
     JSON,
     RETRY_AFTER_S,
+    Chosen,
     Head,
     Reader,
     Reply,
@@ -208,6 +209,16 @@ class Generate:
 
     def check(self, head: Head) -> None:
         pass
+
+    def sketch(self, head: Head, chosen: Chosen) -> tuple[CompletionRequest, Writer]:
+        stream = self._route.stream
+        if stream is None:
+            stream = bool(chosen.stream)
+        request = CompletionRequest("code", [], (chosen.model or "").strip())
+        request.stream = stream
+        return request, GenerateWriter(
+            prompt="", details=False, listed=self._route.listed
+        )
 
     def parse(self, head: Head, body: bytes) -> tuple[CompletionRequest, Writer]:
         wire = _decode(body)

@@ -8,13 +8,13 @@ import msgspec
 
 from proxy.completion import ROLES, CompletionRequest, ImagePart, Message, TextPart
 from proxy.dialects.adjust import (
-    Fields,
+    REQUEST_FIXES,
     decode_fields,
     encode_fields,
     fix_request,
     raw,
 )
-from proxy.dialects.base import EVENT_STREAM, JSON, Reader
+from proxy.dialects.base import EVENT_STREAM, JSON, Chosen, Reader
 from proxy.errors import InvalidPrompt, InvalidRequest
 from proxy.modelconfig.resolved import Endpoint, Model
 
@@ -219,7 +219,7 @@ def bearer(endpoint: Endpoint) -> dict[str, str]:
 def pass_on(
     native: Native,
     dialect: str,
-    request: CompletionRequest,
+    chosen: Chosen,
     model: Model,
     body: bytes,
     *,
@@ -231,26 +231,28 @@ def pass_on(
     Only what must change does: the model's name and, with ``adjust``, what this kind of
     server refuses. What does not change keeps its bytes.
     """
-    fields = decode_fields(body)
-    before = dict(fields)
+    name = chosen.model or ""
     known = ("", model.api_model or model.name)
     # Names that only the configuration knows must change, whatever was asked.
-    must = adjust or request.model not in known
-    if native.model and request.model != native.model and must:
-        fields["model"] = raw(native.model)
-    adjusted = fix_request(profile, fields) if adjust else []
+    must = adjust or name.strip() not in known
+    renamed = native.model and name != native.model and must
+    adjusted: list[str] = []
+    if renamed or (adjust and REQUEST_FIXES[profile]):
+        fields = decode_fields(body)
+        before = dict(fields)
+        if renamed:
+            fields["model"] = raw(native.model)
+        if adjust:
+            adjusted = fix_request(profile, fields)
+        if fields != before:
+            body = encode_fields(fields)
     return Call(
         native.url,
         native.headers,
-        body if fields == before else encode_fields(fields),
+        body,
         native.reader,
         native=dialect,
         adjust=adjust,
-        several=_is_several(before),
+        several=chosen.is_several,
         adjusted=adjusted,
     )
-
-
-def _is_several(fields: Fields) -> bool:
-    prompts = bytes(fields.get("prompt", b""))
-    return bytes(fields.get("n", b"1")) not in (b"1", b"null") or prompts[:1] == b"["

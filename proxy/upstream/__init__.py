@@ -4,4 +4,8 @@
 ``client`` opens them, keeps them between calls, and maps what fails to our errors.
 """
 
-from proxy.upstream.client import Upstream as Upstream, UpstreamReply as UpstreamReply
+from proxy.upstream.client import (
+    Upstream as Upstream,
+    UpstreamCall as UpstreamCall,
+    UpstreamReply as UpstreamReply,
+)

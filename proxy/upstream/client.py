@@ -10,7 +10,7 @@ import socket
 import ssl
 import zlib
 from base64 import b64encode
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import lru_cache, partial
 from types import TracebackType
 from typing import NamedTuple, TypeAlias
@@ -20,6 +20,7 @@ import yarl
 
 from proxy.errors import (
     ProxyError,
+    UpstreamFault,
     UpstreamGarbled,
     UpstreamTruncated,
     UpstreamUnreachable,
@@ -76,19 +77,36 @@ def _target(text: str) -> _Target:
 
 
 class UpstreamReply:
-    """Status and headers of a reply; its body comes by ``read``."""
+    """Status and headers of a reply, and its body: by ``read``, or by ``take`` whenever
+    the function given to ``listen`` is called.
+    """
 
     def __init__(self, connection: Connection, *, unpack: bool) -> None:
         self._connection = connection
         self.status = connection.status
-        self.pairs = connection.headers
-        self._lower = {name.lower(): value for name, value in reversed(self.pairs)}
-        encoding = self.header("content-encoding").lower() if unpack else ""
-        self._unpacker = _unpacker(encoding)
+        encoding = self.header("content-encoding") if unpack else ""
+        self._unpacker = _unpacker(encoding.lower()) if encoding else None
 
     def header(self, name: str) -> str:
         """Return the first header of that name (lower case), "" if there is none."""
-        return self._lower.get(name, "")
+        value = self._connection.headers.get(name)
+        return value.decode("latin-1") if value is not None else ""
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """All headers, as they came."""
+        return [
+            (name.decode("latin-1"), value.decode("latin-1"))
+            for name, value in self._connection.pairs
+        ]
+
+    def named(self, are_wanted: Callable[[str], bool]) -> dict[str, str]:
+        """Return the headers whose names (lower case) are wanted."""
+        return {
+            name: value.decode("latin-1")
+            for name, value in self._connection.headers.items()
+            if are_wanted(name)
+        }
 
     async def read(self) -> bytes:
         """Return what has arrived, at least one byte; b"" at the end.
@@ -96,21 +114,69 @@ class UpstreamReply:
         Raises: UpstreamTruncated: the connection broke before the end.
                 UpstreamGarbled: it is not what its headers say.
         """
+        while not (data := self.take()):
+            if self.is_complete:
+                return b""
+            try:
+                await self._connection.arrival()
+            except (ConnectionFailed, BadReply) as error:
+                raise _broken(error) from error
+        return data
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Have ``listener`` called whenever something has arrived, or ended it."""
+        self._connection.listener = listener
+
+    def take(self) -> bytes:
+        """Return what has arrived, b"" if that is nothing.
+
+        Raises: UpstreamGarbled: it cannot be unpacked.
+        """
         unpacker = self._unpacker
+        if unpacker is None:
+            return self._connection.take()
         try:
-            if unpacker is None:
-                return await self._connection.read()
-            while not (unpacked := unpacker.take()):
-                if not (data := await self._connection.read()):
-                    if not unpacker.is_whole:
-                        raise UpstreamTruncated(_TRUNCATED)
+            # A little at a time: what is packed may be a thousand times as large.
+            while not (data := unpacker.take()):
+                if not (packed := self._connection.take()):
                     return b""
-                unpacker.give(data)
-            return unpacked
-        except ConnectionFailed as error:
-            raise UpstreamTruncated(_TRUNCATED) from error
-        except (BadReply, zlib.error) as error:
-            raise UpstreamGarbled("upstream sent a body that is broken") from error
+                unpacker.give(packed)
+            return data
+        except zlib.error as error:
+            raise _broken(error) from error
+
+    @property
+    def has_more(self) -> bool:
+        """Something can be taken at once."""
+        return self._unpacker is not None and self._unpacker.has_more
+
+    @property
+    def is_complete(self) -> bool:
+        """All has been taken. Raises: UpstreamTruncated: but it was cut when packed."""
+        if not self._connection.is_complete or self.has_more:
+            return False
+        if self._unpacker is not None and not self._unpacker.is_whole:
+            raise UpstreamTruncated(_TRUNCATED)
+        return True
+
+    @property
+    def failure(self) -> UpstreamFault | None:
+        """Why nothing will follow what can be taken."""
+        error = self._connection.error
+        return _broken(error) if error is not None else None
+
+    def pause(self) -> None:
+        """Let the upstream wait."""
+        self._connection.pause()
+
+    def resume(self) -> None:
+        self._connection.resume()
+
+
+def _broken(error: Exception) -> UpstreamFault:
+    if isinstance(error, ConnectionFailed):
+        return UpstreamTruncated(_TRUNCATED)
+    return UpstreamGarbled("upstream sent a body that is broken")
 
 
 class _Unpacker:
@@ -125,6 +191,10 @@ class _Unpacker:
     @property
     def is_whole(self) -> bool:
         return self._inflate.eof or not self._is_begun
+
+    @property
+    def has_more(self) -> bool:
+        return bool(self._packed)
 
     def give(self, data: bytes) -> None:
         self._packed += data
@@ -192,7 +262,7 @@ class Upstream:
         *,
         method: str = "POST",
         unpack: bool = True,
-    ) -> "_Call":
+    ) -> "UpstreamCall":
         """Send a request, in an ``async with``; it gives the reply once its head is in.
 
         Leaving the context before the end of the reply closes the connection.
@@ -201,7 +271,7 @@ class Upstream:
                 unpack: undo a content encoding of the reply.
         Raises: UpstreamUnreachable: no connection, or none that lasted so far.
         """
-        return _Call(self, _target(url), headers, body, endpoint, method, unpack)
+        return UpstreamCall(self, _target(url), headers, body, endpoint, method, unpack)
 
     async def get(self, url: str, headers: Mapping[str, str], endpoint: str) -> bytes:
         """Return the body of a reply of status 200, b"" for any other.
@@ -304,8 +374,10 @@ async def _resolve(target: _Target) -> list[aiohappyeyeballs.AddrInfoType]:
     return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", address)]
 
 
-class _Call:
-    """One request and its reply, for the time of an ``async with``."""
+class UpstreamCall:
+    """One request and its reply, for the time of an ``async with``, or from ``start`` to
+    ``finish`` or ``drop``.
+    """
 
     def __init__(
         self,
@@ -327,10 +399,14 @@ class _Call:
         self._connection: Connection | None = None
 
     async def __aenter__(self) -> UpstreamReply:
+        return await self.start()
+
+    async def start(self) -> UpstreamReply:
+        """Wait for the head of the reply. Then ``finish`` or ``drop`` must follow."""
         try:
             return await self._exchange()
         except BaseException:
-            self._drop()
+            self.drop()
             raise
 
     async def __aexit__(
@@ -339,15 +415,28 @@ class _Call:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        connection = self._connection
+        if error is None:
+            self.finish()
+        else:
+            self.drop()
+
+    def finish(self) -> None:
+        """Nothing more is wanted of the reply."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        if connection.is_ending:
+            connection.linger(
+                partial(self._upstream.give_back, self._target, connection)
+            )
+        else:
+            self._upstream.give_back(self._target, connection)
+
+    def drop(self) -> None:
+        """Close the connection, unless the reply was over."""
+        connection, self._connection = self._connection, None
         if connection is not None:
-            self._connection = None
-            if error is None and connection.is_ending:
-                connection.linger(
-                    partial(self._upstream.give_back, self._target, connection)
-                )
-            else:
-                self._upstream.give_back(self._target, connection)
+            self._upstream.give_back(self._target, connection)
 
     async def _exchange(self) -> UpstreamReply:
         idle = self._upstream.take_idle(self._target)
@@ -360,7 +449,7 @@ class _Call:
                 # it has not looked at the request, which may go out once more.
                 if idle.has_received or not isinstance(self._body, bytes | None):
                     raise self._unreachable(error) from error
-            self._drop()
+            self.drop()
         try:
             self._connection = await self._upstream.connect(self._target)
         except (OSError, TimeoutError, UnicodeError) as error:
@@ -389,33 +478,31 @@ class _Call:
         return UpstreamReply(connection, unpack=self._unpack)
 
     def _head(self) -> bytes:
-        target, body = self._target, self._body
-        lines = [
-            f"{self._method} {target.path} HTTP/1.1",
-            f"Host: {target.host_header}",
-        ]
-        lines += [f"{name}: {value}" for name, value in self._headers.items()]
-        names = {name.lower() for name in self._headers}
-        if target.basic and "authorization" not in names:
-            lines.append(f"Authorization: Basic {target.basic}")
+        target, body, headers = self._target, self._body, self._headers
+        head = _encoded_head(target, self._method, *headers.items())
         if isinstance(body, bytes):
-            lines.append(f"Content-Length: {len(body)}")
-        elif body is not None and "Content-Length" not in self._headers:
-            lines.append("Transfer-Encoding: chunked")
-        text = "\r\n".join(lines)
-        if text.count("\n") != len(lines) - 1 or "\0" in text:
-            raise UpstreamUnreachable("a header for the upstream holds a line end")
-        if lines[0].count(" ") != 2 or not target.path.isprintable():
-            raise UpstreamUnreachable("the upstream's URL holds blanks")
-        return f"{text}\r\n\r\n".encode("utf-8", "surrogateescape")
-
-    def _drop(self) -> None:
-        if self._connection is not None:
-            self._connection.abort()
-            self._connection = None
+            return b"%bContent-Length: %d\r\n\r\n" % (head, len(body))
+        if body is not None and "Content-Length" not in headers:
+            return b"%bTransfer-Encoding: chunked\r\n\r\n" % head
+        return head + b"\r\n"
 
     def _unreachable(self, error: Exception) -> ProxyError:
         return UpstreamUnreachable(f"upstream {self._endpoint}: {_reason(error)}")
+
+
+# The same for one request after the other.
+@lru_cache(maxsize=256)
+def _encoded_head(target: _Target, method: str, *headers: tuple[str, str]) -> bytes:
+    lines = [f"{method} {target.path} HTTP/1.1", f"Host: {target.host_header}"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    if target.basic and all(name.lower() != "authorization" for name, _ in headers):
+        lines.append(f"Authorization: Basic {target.basic}")
+    text = "\r\n".join(lines)
+    if text.count("\n") != len(lines) - 1 or "\0" in text:
+        raise UpstreamUnreachable("a header for the upstream holds a line end")
+    if lines[0].count(" ") != 2 or not target.path.isprintable():
+        raise UpstreamUnreachable("the upstream's URL holds blanks")
+    return f"{text}\r\n".encode("utf-8", "surrogateescape")
 
 
 # The first that fits counts.

@@ -7,6 +7,7 @@ directions. Which host, how long, and what a failure means to a client: elsewher
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
+from functools import lru_cache
 from typing import cast
 
 import httptools
@@ -27,7 +28,10 @@ class BadReply(Exception):
 
 
 class Connection(asyncio.Protocol):
-    """Driven by one task at a time: ``send``, ``head``, then ``read`` to b"".
+    """Driven by one task at a time: ``send``, ``head``, then ``take`` until ``is_complete``, with
+    ``arrival`` in between. Or a function is given to ``listener``: it is called when
+    there is something to take, or nothing more will come. That saves a task switch per
+    read.
 
     ``is_reusable`` says afterwards whether another request may follow. A connection
     that was used before and fails while ``has_received`` is False met a server that was
@@ -36,7 +40,10 @@ class Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.status = 0
-        self.headers: list[tuple[str, str]] = []
+        self.listener: Callable[[], None] | None = None
+        # As they came; the names in lower case, of several of one name the first.
+        self.pairs: list[tuple[bytes, bytes]] = []
+        self.headers: dict[str, bytes] = {}
         self.is_open = False
         self.has_received = False
         self.idle_until_s = 0.0
@@ -90,7 +97,8 @@ class Connection(asyncio.Protocol):
 
     def _begin(self, bodiless: bool) -> None:
         self.status = 0
-        self.headers = []
+        self.pairs = []
+        self.headers = {}
         self.has_received = False
         self._is_busy = True
         self._is_head_in = self._is_complete = False
@@ -138,23 +146,50 @@ class Connection(asyncio.Protocol):
         while not self._is_head_in:
             await self._wait()
 
-    async def read(self) -> bytes:
-        """Return what has arrived of the body, b"" at its end.
+    async def arrival(self) -> None:
+        """Wait for more of the reply, or its end.
 
         Raises: ConnectionFailed, BadReply: there will be no end.
         """
-        while not self._chunks:
-            if self._is_complete:
-                return b""
+        if not self._chunks and not self._is_complete:
             await self._wait()
+
+    def take(self) -> bytes:
+        """Return what has arrived of the body, b"" if that is nothing."""
         chunks = self._chunks
+        if not chunks:
+            return b""
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self._chunks = []
         self._size = 0
-        if self._is_paused and self._transport is not None:
-            self._is_paused = False
-            self._transport.resume_reading()
+        if self._is_paused:
+            self.resume()
         return data
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing follows what has been taken."""
+        return self._is_complete and not self._chunks
+
+    @property
+    def error(self) -> Exception | None:
+        """Why there will be no end. What was there before it can still be taken."""
+        return self._error
+
+    def pause(self) -> None:
+        """Let the server wait: nobody takes what it sends."""
+        transport = self._transport
+        if transport is not None and not self._is_paused:
+            self._is_paused = True
+            if not transport.is_closing():
+                transport.pause_reading()
+
+    def resume(self) -> None:
+        transport = self._transport
+        if transport is not None and self._is_paused:
+            self._is_paused = False
+            if not transport.is_closing():
+                transport.resume_reading()
 
     @property
     def is_ending(self) -> bool:
@@ -179,6 +214,7 @@ class Connection(asyncio.Protocol):
     def release(self) -> None:
         """The reply has been read; from now on anything that comes is wrong."""
         self._is_busy = False
+        self.listener = None
         self._chunks = []
 
     def linger(self, done: Callable[[], None]) -> None:
@@ -188,6 +224,7 @@ class Connection(asyncio.Protocol):
         close in between would cost a new connection per stream. ``done`` is called at
         the end, whatever it is; a server that goes on instead is hung up on.
         """
+        self.listener = None
         self._chunks = []
         self._size = 0
         self._lingerer = done
@@ -201,6 +238,7 @@ class Connection(asyncio.Protocol):
             done()
 
     def abort(self) -> None:
+        self.listener = None
         if self._sending is not None:
             self._sending.cancel()
         if self._transport is not None:
@@ -213,6 +251,9 @@ class Connection(asyncio.Protocol):
         await self._reader
 
     def _wake(self) -> None:
+        if self.listener is not None:
+            self.listener()
+            return
         reader = self._reader
         if reader is not None and not reader.done():
             reader.set_result(None)
@@ -255,9 +296,8 @@ class Connection(asyncio.Protocol):
             if self._is_complete or self._size > LINGER_BYTES:
                 self._stop_lingering()
             return
-        if self._size > HIGH_WATER_BYTES and self._transport is not None:
-            self._is_paused = True
-            self._transport.pause_reading()
+        if self._size > HIGH_WATER_BYTES:
+            self.pause()
         self._wake()
 
     def eof_received(self) -> None:
@@ -299,7 +339,7 @@ class Connection(asyncio.Protocol):
             self._fail(BadReply("its head is too long"))
             self.abort()
         else:
-            self.headers.append((name.decode("latin-1"), value.decode("latin-1")))
+            self.pairs.append((name, value))
 
     def on_headers_complete(self) -> None:
         if self._is_complete or self._error is not None:
@@ -307,11 +347,16 @@ class Connection(asyncio.Protocol):
         self.status = self._parser.get_status_code()
         if self.status < 200:
             return
-        names = {name.lower(): value for name, value in self.headers}
-        chunked = "chunked" in names.get("transfer-encoding", "").lower()
-        framed = chunked or "content-length" in names
+        headers = self.headers
+        for name, value in self.pairs:
+            headers.setdefault(lower(name), value)
+        framed = (
+            "content-length" in headers
+            or b"chunked" in headers.get("transfer-encoding", b"").lower()
+        )
         self._ends_with_connection = not framed and self.status not in (204, 304)
-        self.keep_alive_s = _timeout_of(names.get("keep-alive", ""))
+        keep_alive = headers.get("keep-alive")
+        self.keep_alive_s = _timeout_of(keep_alive) if keep_alive else None
         self._is_head_in = True
         if self._is_bodiless:
             # The parser cannot know that no body follows.
@@ -324,7 +369,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         if self.status < 200:  # 100 Continue, 103 Early Hints
-            self.headers = []
+            self.pairs = []
             self._head_bytes = 0
         else:
             self._is_complete = True
@@ -333,9 +378,15 @@ class Connection(asyncio.Protocol):
                 self._is_spoilt = True
 
 
-def _timeout_of(keep_alive: str) -> float | None:
+@lru_cache(maxsize=1024)
+def lower(name: bytes) -> str:
+    """The same few names come with every reply."""
+    return name.decode("latin-1").lower()
+
+
+def _timeout_of(keep_alive: bytes) -> float | None:
     """Return the seconds of ``Keep-Alive: timeout=5``, None if it does not say."""
-    for part in keep_alive.split(","):
+    for part in keep_alive.decode("latin-1").split(","):
         name, _, value = part.strip().partition("=")
         if name.lower() == "timeout" and value.strip().isdecimal():
             return float(value)

@@ -1,0 +1,157 @@
+"""A reply to a client, written straight to its socket.
+
+aiohttp's own responses build a header map and a payload writer per reply, which costs
+as much as all the rest of a request. What is written here is little: a status line, a
+few headers that are mostly the same every time, and chunks.
+"""
+
+import time
+from collections.abc import Mapping
+from email.utils import formatdate
+from functools import lru_cache
+from http import HTTPStatus
+
+from aiohttp import web
+
+from proxy import __version__
+from proxy.dialects.base import Reply
+
+SERVER = f"completions-proxy/{__version__}"
+_EMPTY = frozenset((204, 304))
+
+
+def own_headers(exchange_id: str) -> dict[str, str]:
+    """What every reply of an exchange carries."""
+    return {"Server": SERVER, "X-Request-Id": exchange_id}
+
+
+class Response:
+    """One reply: ``whole`` or ``error``; or ``begin``, ``write`` and ``end``.
+
+    For aiohttp's server it is a response that was sent already: ``status``,
+    ``keep_alive``, ``prepare`` and ``write_eof`` are all that it asks of one.
+
+    Raises: ConnectionResetError: the client is gone.
+    """
+
+    def __init__(self, request: web.BaseRequest, id: str = "") -> None:
+        self.status = 0
+        self.keep_alive = request.keep_alive
+        self.is_begun = False
+        self._request = request
+        self._id = id
+        self._is_chunked = False
+
+    # ------------------------------------------------------------------------- writing
+
+    def whole(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        """Say all of it in one write."""
+        if status in _EMPTY:
+            head = self._head(status, headers)
+        else:
+            head = b"%bContent-Length: %d\r\n" % (
+                self._head(status, headers),
+                len(body),
+            )
+        is_shown = self._request.method != "HEAD"
+        self._send(b"%b\r\n%b" % (head, body if is_shown else b""))
+
+    def reply(self, reply: Reply) -> None:
+        headers = {**reply.headers, "Content-Type": reply.content_type}
+        self.whole(reply.status, headers, reply.body)
+
+    def begin(self, status: int, headers: Mapping[str, str], out: bytes) -> None:
+        """Begin a reply whose length is not known, with the first of it."""
+        self._is_chunked = self._request.version == (1, 1)
+        if not self._is_chunked:  # then only the end of the connection ends it
+            self.keep_alive = False
+        head = self._head(status, headers)
+        if self._is_chunked:
+            head += b"Transfer-Encoding: chunked\r\n"
+        self._send(b"%b\r\n%b" % (head, self._framed(out)))
+
+    def write(self, out: bytes) -> None:
+        self._send(self._framed(out))
+
+    def end(self, out: bytes) -> None:
+        """Say the last of it, and that it is the last."""
+        out = self._framed(out)
+        if self._is_chunked:
+            out += b"0\r\n\r\n"
+        if out:
+            self._send(out)
+
+    def _framed(self, out: bytes) -> bytes:
+        if not self._is_chunked or not out:
+            return out
+        return b"%x\r\n%b\r\n" % (len(out), out)
+
+    def _send(self, data: bytes) -> None:
+        transport = self._request.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client is gone")
+        self.is_begun = True
+        transport.write(data)
+
+    def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
+        self.status = status
+        if not self.keep_alive:
+            headers = {**headers, "Connection": "close"}
+        head = _rendered(status, *headers.items()) + _date(int(time.time()))
+        if self._id:
+            head += b"X-Request-Id: %b\r\n" % self._id.encode()
+        if not self.keep_alive:
+            return head
+        if self._request.version != (1, 1):
+            head += b"Connection: keep-alive\r\n"
+        return head
+
+    # ------------------------------------------------------------------ flow and failure
+
+    @property
+    def is_clogged(self) -> bool:
+        """The client does not read as fast as it is written to."""
+        transport = self._request.transport
+        return transport is not None and transport.get_write_buffer_size() > _HIGH_BYTES
+
+    async def drain(self) -> None:
+        """Wait until it has read most of it."""
+        await self._request.writer.drain()
+
+    def abort(self) -> None:
+        """Break the connection off: what was begun cannot be ended in another way."""
+        self.keep_alive = False
+        if self._request.transport is not None:
+            self._request.transport.abort()
+
+    # ------------------------------------------------------------------- aiohttp's side
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """Nothing is left to do."""
+
+    async def write_eof(self) -> None:
+        """Nothing is left to do."""
+
+
+# Where asyncio's transports begin to ask for a pause.
+_HIGH_BYTES = 64 * 1024
+
+
+@lru_cache(maxsize=256)
+def _rendered(status: int, *headers: tuple[str, str]) -> bytes:
+    """Return the status line and headers, which are the same for most replies."""
+    try:
+        reason = HTTPStatus(status).phrase
+    except ValueError:
+        reason = ""
+    lines = [f"HTTP/1.1 {status} {reason}", f"Server: {SERVER}"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    text = "\r\n".join(lines)
+    if text.count("\n") != len(lines) - 1 or text.count("\r") != len(lines) - 1:
+        raise ValueError("a header of a reply holds a line end")
+    return f"{text}\r\n".encode("utf-8", "surrogateescape")
+
+
+@lru_cache(maxsize=2)
+def _date(whole_s: int) -> bytes:
+    return f"Date: {formatdate(whole_s, usegmt=True)}\r\n".encode()
