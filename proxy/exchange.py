@@ -18,6 +18,7 @@ from proxy.dialects.base import (
     Writer,
     media_type,
 )
+from proxy.dialects.runs import Runs, decode_texts
 from proxy.errors import ProxyError, UpstreamFault, UpstreamGarbled, UpstreamReported
 from proxy.sse import Event, Parser
 from proxy.stops import Cutter
@@ -63,6 +64,7 @@ class Exchange:
         self._redact = redact
         self._content_type = media_type(content_type)
         self._limit_bytes = limit_bytes
+        self._runs = Runs()
         self._parser: Parser | None = None
         if self._content_type == EVENT_STREAM:
             self._parser = Parser(limit_bytes)
@@ -89,9 +91,7 @@ class Exchange:
             data = bytes(self._body)
             self._body.clear()
             self._parser = Parser(self._limit_bytes)
-        deltas: list[Delta] = []
-        fault = self._read_events(data, deltas)
-        out = self._say(deltas)
+        out, fault = self._read_events(data)
         if fault is not None and not self._is_cut():
             return out + self._fail(fault)
         if fault is not None or self._reader.ended or self._is_overrun:
@@ -150,17 +150,50 @@ class Exchange:
         if len(self._body) > self._limit_bytes:
             raise UpstreamGarbled(f"upstream reply exceeds {self._limit_bytes} bytes")
 
-    def _read_events(self, data: bytes, deltas: list[Delta]) -> UpstreamFault | None:
-        """Append what the events say; return the error that ends them, if any."""
-        parser, reader = self._parser, self._reader
+    def _read_events(self, data: bytes) -> tuple[bytes, UpstreamFault | None]:
+        """Return what the events say, and the error that ends them, if any."""
+        parser, reader, runs = self._parser, self._reader, self._runs
         assert parser is not None
         if not reader.understood and len(self._body) < _KEPT_BYTES:
             self._body += data
+        out, fault = b"", None
+        while data and fault is None and not reader.ended:
+            deltas: list[Delta] = []
+            end = self._read_run(data, deltas) if parser.is_between else 0
+            if not end:
+                # One by one until one was seen that the others may be like.
+                end = data.find(b"\n\n") + 2 if runs.is_learning else 0
+                end = end if end > 1 else len(data)
+                fault = self._read_parsed(data[:end], deltas)
+            data = data[end:]
+            if deltas:
+                out += self._say(deltas)
+        return out, fault
+
+    def _read_run(self, data: bytes, deltas: list[Delta]) -> int:
+        """Read what needs no parser at the start of ``data``; return its length."""
+        if self._reader.finished or len(data) > self._limit_bytes:
+            return 0
+        length, raw = self._runs.split(data)
+        texts = decode_texts(raw) if raw else None
+        if texts is None:
+            return 0
+        deltas += [Text(text) for text in texts if text]
+        return length
+
+    def _read_parsed(self, data: bytes, deltas: list[Delta]) -> UpstreamFault | None:
+        parser, reader, runs = self._parser, self._reader, self._runs
+        assert parser is not None
         try:
             for event in parser.feed(data):
+                said = len(deltas)
                 reader.read(event, deltas)
                 if reader.ended:
                     return None
+                if runs.is_learning and len(deltas) == said + 1:
+                    delta = deltas[said]
+                    if type(delta) is Text:
+                        runs.learn(event, delta.text, data)
             if parser.ignored is not None:
                 self._read_ignored(parser)
         except UpstreamFault as fault:

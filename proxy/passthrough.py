@@ -9,9 +9,10 @@ what is watched is only written down.
 
 from collections.abc import Callable
 
-from proxy.completion import Delta, Start
-from proxy.dialects.adjust import ReplyFixer, plain_length
+from proxy.completion import Delta, Start, Text
+from proxy.dialects.adjust import ReplyFixer
 from proxy.dialects.base import Reader, Writer
+from proxy.dialects.runs import Runs
 from proxy.errors import (
     ProxyError,
     UpstreamFault,
@@ -53,6 +54,7 @@ class PassThrough:
         self._several = several
         self._redact = redact
         self._parser = Parser(limit_bytes)
+        self._runs = Runs()
         self._limit_bytes = limit_bytes
         self._tail = b""  # of an event that has not ended yet
         self._waiting = b""  # events before the first meaningful one
@@ -77,7 +79,7 @@ class PassThrough:
             return self._watch(data)
         out = b""
         while data and not self.is_ended:
-            end = self._plain_length(data)
+            end = self._run_length(data)
             if end:
                 out += data[:end]
             else:
@@ -144,13 +146,17 @@ class PassThrough:
             )
         self._reader.eof()
 
-    def _plain_length(self, data: bytes) -> int:
-        """Most of a stream only goes on with the answer and need not be parsed."""
-        if not self.is_answering or self._tail or self._is_reframed:
+    def _run_length(self, data: bytes) -> int:
+        """Most of a stream only goes on with the text and need not be parsed."""
+        if (
+            not self.is_answering
+            or self._tail
+            or self._is_reframed
+            or self._reader.finished
+            or len(data) > self._limit_bytes
+        ):
             return 0
-        return (
-            plain_length(self._dialect, data) if len(data) <= self._limit_bytes else 0
-        )
+        return self._runs.split(data)[0]
 
     def _watch(self, data: bytes) -> bytes:
         """Let the bytes through as they are."""
@@ -166,16 +172,24 @@ class PassThrough:
         self, data: bytes, events: list[Event], deltas: list[Delta]
     ) -> UpstreamFault | None:
         """Fill the lists; return the error that ends them, if any."""
-        parser = self._parser
+        parser, reader, runs = self._parser, self._reader, self._runs
         try:
             for event in parser.feed(data):
-                self._reader.read(event, deltas)
+                said = len(deltas)
+                reader.read(event, deltas)
                 events.append(event)
+                if runs.is_learning and len(deltas) == said + 1:
+                    delta = deltas[said]
+                    if type(delta) is Text and not self._is_odd(event):
+                        runs.learn(event, delta.text, data)
             if (parser.ignored or "").startswith("error:"):  # old llama.cpp
                 self._reader.read_odd(Event("error", (parser.ignored or "")[6:]))
         except UpstreamFault as fault:
             return fault
         return None
+
+    def _is_odd(self, event: Event) -> bool:
+        return self._fixer is None or self._fixer.fix(event.data) is not event.data
 
     def _whole_events(
         self,

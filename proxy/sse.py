@@ -131,6 +131,11 @@ class Parser:
             events += self._read(data[start : start + _SLICE_BYTES])
         return events
 
+    @property
+    def is_between(self) -> bool:
+        """The next byte begins an event."""
+        return self._between
+
     def end(self) -> list[Event]:
         """Return the events completed by the end of the stream: there are none.
 

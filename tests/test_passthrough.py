@@ -11,7 +11,6 @@ from proxy.dialects.adjust import (
     decode_fields,
     encode_fields,
     fix_request,
-    plain_length,
 )
 from proxy.dialects.anthropic import MessagesReader
 from proxy.dialects.anthropic_incoming import Messages
@@ -366,49 +365,6 @@ def test_fields_must_be_an_object():
 
 def test_openai_chunk_helper_has_an_id():
     assert b'"id":"chatcmpl-1"' in openai_chunk({"content": "x"}).replace(b": ", b":")
-
-
-PLAIN = openai_chunks(["a"])[1]
-NOT_PLAIN = {
-    "error": data({"error": {"message": "x"}}),
-    "error beside an answer": data({"error": "x", "choices": [{"delta": {}}]}),
-    "error without that word": data({"object": "x", "message": "x", "code": 400}),
-    "detail": data({"detail": "x"}),
-    "named error": b"event: error\n" + PLAIN,
-    "finish": openai_chunks([])[1],
-    "usage": openai_chunk(None, usage={"prompt_tokens": 1}),
-    "done": b"data: [DONE]\n\n",
-    "no id": data({"id": "", "choices": [{"delta": {}}]}),
-    "null": data(None),
-    "half": PLAIN[:-3],
-    "two lines": PLAIN.replace(b"\n\n", b"\ndata: x\n\n"),
-    "CRLF": PLAIN.replace(b"\n", b"\r\n"),
-    "nothing": b"",
-}
-
-
-@pytest.mark.parametrize("name", NOT_PLAIN)
-def test_what_a_parser_has_to_look_at(name):
-    odd = NOT_PLAIN[name]
-    assert plain_length("openai-chat", odd) == 0
-    for before in (PLAIN, PLAIN * 3):
-        assert plain_length("openai-chat", before) == len(before)
-        assert plain_length("openai-chat", before + odd) <= len(before)
-
-
-def test_words_in_the_answer_s_own_text_are_no_marks():
-    text = '"error" "finish_reason":"stop" "usage":{ "id":"" "tool_calls"'
-    event = openai_chunks([text])[1]
-    assert plain_length("openai-chat", event) == len(event)
-
-
-def test_plain_events_of_anthropic():
-    events = anthropic_events(["a", "b"])
-    plain = [plain_length("anthropic", event) == len(event) for event in events]
-    assert plain.count(True) == 2
-    two = events[3] + events[4]
-    assert plain_length("anthropic", two + events[-1]) == len(two)
-    assert plain_length("tgi", PLAIN) == 0
 
 
 def test_tgi_tool_calls_are_mended():

@@ -263,61 +263,6 @@ _OPENAI_REASONS = {
 _HAS_CALLS = '"function"'
 
 
-# What an event may hold besides the next piece of the answer, or what may be wrong
-# with it. Inside the answer's own text every quote has a backslash before it.
-_OPENAI_MARKS = (
-    b'"error"',
-    b'"finish_reason":"',
-    b'"usage":{',
-    b'"id":""',
-    b'"tool_calls"',
-    b"[DONE]",
-)
-_ANTHROPIC_MARKS = (b'"error"', b'"stop_reason"', b'"usage"', b"message_")
-
-
-class _Plain(msgspec.Struct, frozen=True):
-    """How events begin that only go on with the answer, what each has in it once, and
-    how many lines it has, the blank one included.
-    """
-
-    start: bytes
-    inside: bytes
-    lines: int
-    marks: tuple[bytes, ...]
-
-
-_OPENAI = _Plain(b"data: {", b'"choices":[{', 2, _OPENAI_MARKS)
-_DELTA = b"event: content_block_delta\ndata: {"
-_PLAIN = {
-    "openai-chat": _OPENAI,
-    "openai-completions": _OPENAI,
-    "anthropic": _Plain(_DELTA, b'"delta":{', 3, _ANTHROPIC_MARKS),
-}
-_CR = 13
-
-
-def plain_length(dialect: str, data: bytes) -> int:
-    """Return how many bytes at the start of a read are whole events that only go on
-    with the answer: there is nothing to parse them for.
-
-    0 means only that a parser has to look.
-    """
-    form = _PLAIN.get(dialect)
-    if form is None or _CR in data or not data.startswith(form.start):
-        return 0
-    found = [at for mark in form.marks if (at := data.find(mark)) >= 0]
-    end = data.rfind(b"\n\n", 0, min(found) if found else len(data)) + 2
-    events = data.count(b"\n\n", 0, end)
-    is_plain = (
-        events > 0
-        and data.count(b"\n", 0, end) == form.lines * events
-        and data.count(b"\n\n" + form.start, 0, end) == events - 1
-        and data.count(form.inside, 0, end) == events
-    )
-    return end if is_plain else 0
-
-
 class ReplyFixer:
     """Fixes the events, or the body, of one reply. ``names`` says what it did."""
 

@@ -43,6 +43,8 @@ from proxy.dialects.base import (
     Writer,
     client_status,
     error_headers,
+    quote_each,
+    texts_of,
     upstream_words,
 )
 from proxy.dialects.fault import decode_lenient
@@ -582,6 +584,8 @@ class MessagesWriter(_Writer):
         self._calls: dict[int, int] = {}  # number of a call -> index of its block
 
     def frames(self, deltas: list[Delta]) -> bytes:
+        if self._kind == "text" and (texts := texts_of(deltas)) is not None:
+            return quote_each(texts, self._head, _DELTA_TAIL).encode("ascii")
         out: list[str] = []
         for delta in deltas:
             if type(delta) is Text and self._kind == "text":

@@ -1,11 +1,12 @@
 """What every dialect is made of: the interfaces between it and the exchange."""
 
+import json
 from collections.abc import Callable, Mapping
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import msgspec
 
-from proxy.completion import CompletionRequest, Delta, Usage
+from proxy.completion import CompletionRequest, Delta, Text, Usage
 from proxy.dialects.fault import (
     decode_lenient,
     fault_in,
@@ -177,6 +178,26 @@ def at_least_zero(value: float | None) -> float | None:
     """Read a client's number; a negative one says nothing."""
     return value if value is not None and value >= 0 else None
 
+
+def texts_of(deltas: list[Delta]) -> list[str] | None:
+    """Return the texts if there are several and nothing else."""
+    if len(deltas) > 1 and set(map(type, deltas)) == _ONLY_TEXT:
+        return [delta.text for delta in cast("list[Text]", deltas)]
+    return None
+
+
+def quote_each(texts: list[str], before: str, after: str) -> str:
+    """Return each text as a JSON string between ``before`` and ``after``.
+
+    All at once: within a JSON string no quote stands without a backslash before it, so
+    that what is between two of them is found in nothing else.
+    """
+    strings = json.dumps(texts, separators=(",", ":"))[1:-1]
+    between = f'"{after}{before}"'
+    return before + strings.replace('","', between) + after
+
+
+_ONLY_TEXT = {Text}
 
 _T = TypeVar("_T")
 

@@ -39,6 +39,8 @@ from proxy.dialects.base import (
     at_least_zero,
     error_headers,
     positive,
+    quote_each,
+    texts_of,
 )
 from proxy.dialects.fault import replace_surrogates
 from proxy.errors import (
@@ -483,10 +485,15 @@ class CumulativeWriter(_Writer):
         )
 
 
+_DELTA = 'event: completion\ndata: {"deltaText":'
+
+
 class DeltaWriter(_Writer):
     """From api-version 2 on: each frame has only what is new."""
 
     def frames(self, deltas: list[Delta]) -> bytes:
+        if (texts := texts_of(deltas)) is not None:
+            return quote_each(texts, _DELTA, "}\n\n").encode("ascii")
         out = []
         for delta in deltas:
             if type(delta) is Text:

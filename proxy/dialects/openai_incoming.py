@@ -46,6 +46,8 @@ from proxy.dialects.base import (
     client_status,
     error_headers,
     positive,
+    quote_each,
+    texts_of,
     upstream_words,
 )
 from proxy.errors import (
@@ -624,6 +626,8 @@ class _Writer:
         self._text_tail = ""
 
     def frames(self, deltas: list[Delta]) -> bytes:
+        if self._head and (texts := texts_of(deltas)) is not None:
+            return quote_each(texts, self._text_head, self._text_tail).encode("ascii")
         out: list[str] = []
         for delta in deltas:
             if type(delta) is Text:
