@@ -57,6 +57,7 @@ class Exchange:
         self.is_answering = False  # the upstream has begun its answer
         self.is_ended = False
         self.error: ProxyError | None = None
+        self.adjusted: tuple[str, ...] = ()  # a translation says all there is to say
         self._reader = reader
         self._writer = writer
         self._stream = stream

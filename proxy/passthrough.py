@@ -267,7 +267,7 @@ class PassedBody:
     def receive_eof(self) -> bytes:
         body = bytes(self._body)
         try:
-            self._reader.read_body(body)
+            self._reader.check_body(body)
         except UpstreamFault as fault:
             self.error = fault
             if self._fixer is not None:

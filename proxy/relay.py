@@ -352,10 +352,12 @@ class Relay:
         return headers
 
     def _adjusted(self) -> list[str]:
-        names = [f"request.{name}" for name in self._completion.dropped]
-        names += self._call.adjusted
-        if not isinstance(self._exchange, Exchange | None):
-            names += self._exchange.adjusted
+        names = self._call.adjusted
+        if self._completion.dropped:
+            names = [*(f"request.{n}" for n in self._completion.dropped), *names]
+        exchange = self._exchange
+        if exchange is not None and exchange.adjusted:
+            names = [*names, *exchange.adjusted]
         return names
 
     def _end(self, out: bytes) -> None:

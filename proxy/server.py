@@ -112,6 +112,8 @@ class Proxy:
         self.is_idle.set()
         self._incoming = routes.incoming(settings)
         self._targets: dict[str, _Target] = {}
+        # Path, streamed or not, model, endpoint: as many as the configuration has.
+        self.natives: dict[tuple[str, bool, str, int], Native | None] = {}
 
     def started(self, relay: Relay) -> None:
         """Count a relay among the running ones."""
@@ -404,12 +406,27 @@ class _Handling:
         endpoint = self._endpoint(settings)
         native = None
         if chosen is not None:  # else it is of no dialect that passes
-            native = self._proxy.providers[settings.id].native(
-                Asked(self._incoming.dialect, self._path), completion, model, endpoint
-            )
+            native = self._native(completion, model, settings, endpoint)
         return _Asked(
             completion, writer, body, chosen, model, settings, endpoint, native
         )
+
+    def _native(
+        self,
+        completion: CompletionRequest,
+        model: Model,
+        settings: ProviderSettings,
+        endpoint: Endpoint,
+    ) -> Native | None:
+        provider = self._proxy.providers[settings.id]
+        asked = Asked(self._incoming.dialect, self._path)
+        if settings.client_credentials:
+            return provider.native(asked, completion, model, endpoint)
+        natives = self._proxy.natives
+        key = (self._path, completion.stream, model.ref, id(endpoint))
+        if key not in natives:
+            natives[key] = provider.native(asked, completion, model, endpoint)
+        return natives[key]
 
     def _timeout_s(self, feature: Feature) -> float:
         given = self._request.headers.get("X-Timeout-Ms")

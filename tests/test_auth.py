@@ -101,7 +101,7 @@ def test_check_compares_in_constant_time(monkeypatch):
 
     hmac_compare = hmac.compare_digest
     monkeypatch.setattr(hmac, "compare_digest", compare)
-    ACCESS.check("token cp_alice")
+    Access([ALICE], open=False).check("token cp_alice")
     assert compared == [(ALICE.sha256, ALICE.sha256)]
 
 

@@ -270,7 +270,12 @@ class ReplyFixer:
         self.names: list[str] = []
         self._is_openai = dialect in END
         self._has_calls = False
-        self._id = f"chatcmpl-{random.getrandbits(96):024x}"
+        self._made_id = ""
+
+    @property
+    def _id(self) -> str:
+        self._made_id = self._made_id or f"chatcmpl-{random.getrandbits(96):024x}"
+        return self._made_id
 
     def fix(self, data: str) -> str | None:
         """Return the data of an event as clients expect it, None to leave it out."""
@@ -281,9 +286,11 @@ class ReplyFixer:
             return None
         if not self._has_calls:
             self._has_calls = '"tool_calls":' in data and _HAS_CALLS in data
-        is_odd = any(sign in data for sign in _OPENAI_SIGNS)
-        if is_odd or (self._has_calls and '"stop"' in data):
+        if self._has_calls and '"stop"' in data:
             return self._fix_openai(data)
+        for sign in _OPENAI_SIGNS:
+            if sign in data:
+                return self._fix_openai(data)
         return data
 
     def _fix_openai(self, data: str) -> str:

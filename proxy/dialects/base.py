@@ -251,6 +251,13 @@ class Reader:
         """
         raise NotImplementedError
 
+    def check_body(self, body: bytes) -> None:
+        """Look for an error and for usage in a whole reply that passes.
+
+        Raises: UpstreamFault: like ``read_body``.
+        """
+        self.read_body(body)
+
     def read_odd(self, event: Event) -> None:
         """Look at an event that is not of this dialect.
 

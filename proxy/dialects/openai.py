@@ -11,6 +11,7 @@ Sources: https://platform.openai.com/docs/api-reference/chat and TGI's router
 import json
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 
@@ -274,7 +275,20 @@ class _Chunk(msgspec.Struct, gc=False):
     error: object = None
 
 
+class _WholeChoice(msgspec.Struct, gc=False):
+    finish_reason: Literal["stop", "length", "tool_calls"]
+
+
+class _Whole(msgspec.Struct, gc=False):
+    """A reply that is as it should be; any other is looked at more closely."""
+
+    choices: list[_WholeChoice]
+    usage: _Usage | None = None
+    error: object = None
+
+
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode
+_decode_whole = msgspec.json.Decoder(_Whole).decode
 
 
 class OpenAIReader(Reader):
@@ -311,6 +325,17 @@ class OpenAIReader(Reader):
             out.append(Finish(""))
         self.finished = self.ended = True
         return out
+
+    def check_body(self, body: bytes) -> None:
+        try:
+            reply = _decode_whole(body)
+        except (msgspec.DecodeError, UnicodeError, RecursionError):
+            self.read_body(body)
+            return
+        if reply.error or not reply.choices:
+            self.read_body(body)
+        elif reply.usage is not None:
+            self._keep_usage(reply.usage)
 
     def _read_chunk(
         self, chunk: _Chunk, choices: list[_Choice], out: list[Delta]
@@ -400,6 +425,9 @@ class OpenAIReader(Reader):
             usage = msgspec.convert(value, _Usage, strict=False)
         except msgspec.ValidationError:
             return
+        self._keep_usage(usage)
+
+    def _keep_usage(self, usage: _Usage) -> None:
         # LocalAI puts zeros into every chunk.
         if usage.prompt_tokens or usage.completion_tokens:
             details = usage.prompt_tokens_details

@@ -47,7 +47,7 @@ class AnthropicProvider:
         headers = headers_for(request, endpoint, credentials, API_HEADERS)
         name = model.api_model or model.name
         name = PINNED_MODELS.get(name, name)
-        return Native(endpoint.url, headers, MessagesReader(), name)
+        return Native(endpoint.url, headers, MessagesReader, name)
 
     def credentials(self, endpoint: Endpoint) -> dict[str, str]:
         key = {"X-API-Key": endpoint.access_token}

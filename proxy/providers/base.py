@@ -51,15 +51,16 @@ class Asked(msgspec.Struct, frozen=True):
     path: str
 
 
-class Native(msgspec.Struct):
-    """An upstream that speaks the client's dialect.
+class Native(msgspec.Struct, frozen=True):
+    """An upstream that speaks the client's dialect: the same for all requests at one
+    path for one model, streamed or not.
 
     ``model`` is what it calls the model, "" if its body does not say.
     """
 
     url: str
     headers: dict[str, str]
-    reader: Reader
+    reader: type[Reader]
     model: str = ""
 
 
@@ -250,7 +251,7 @@ def pass_on(
         native.url,
         native.headers,
         body,
-        native.reader,
+        native.reader(),
         native=dialect,
         adjust=adjust,
         several=chosen.is_several,

@@ -87,11 +87,11 @@ class OpenAICompatibleProvider:
         if asked.dialect in PATHS:
             url = join_url(endpoint.url, PATHS[asked.dialect], token_query(endpoint))
             name = model.api_model or (TGI_MODEL if self._is_tgi else model.name)
-            return Native(url, headers, OpenAIReader(), name)
+            return Native(url, headers, OpenAIReader, name)
         if asked.dialect == "tgi" and self._is_tgi:
             path = asked.path.lstrip("/")
             url = join_url(self.root(endpoint), path, token_query(endpoint))
-            return Native(url, headers, TGIReader())
+            return Native(url, headers, TGIReader)
         return None
 
     def credentials(self, endpoint: Endpoint) -> dict[str, str]:
@@ -132,7 +132,7 @@ class OpenAIProvider:
             return None
         url = self.url(endpoint.url or self.default_url, asked.dialect == "openai-chat")
         headers = headers_for(request, endpoint, bearer(endpoint))
-        return Native(url, headers, OpenAIReader(), model.api_model or model.name)
+        return Native(url, headers, OpenAIReader, model.api_model or model.name)
 
     def credentials(self, endpoint: Endpoint) -> dict[str, str]:
         return own_credentials(endpoint, bearer(endpoint))
@@ -194,7 +194,7 @@ class AzureProvider:
         name = model.api_model or model.name
         url = self._url(endpoint, name, PATHS[asked.dialect])
         headers = headers_for(request, endpoint, self._credentials(endpoint))
-        return Native(url, headers, OpenAIReader())
+        return Native(url, headers, OpenAIReader)
 
     def credentials(self, endpoint: Endpoint) -> dict[str, str]:
         return own_credentials(endpoint, self._credentials(endpoint))

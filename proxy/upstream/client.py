@@ -404,7 +404,29 @@ class UpstreamCall:
     async def start(self) -> UpstreamReply:
         """Wait for the head of the reply. Then ``finish`` or ``drop`` must follow."""
         try:
-            return await self._exchange()
+            connection = self._upstream.take_idle(self._target)
+            if connection is not None:
+                self._connection = connection
+                try:
+                    self._send(connection)
+                    while not connection.is_head_in:
+                        await connection.arrival()
+                    return UpstreamReply(connection, unpack=self._unpack)
+                except ConnectionFailed as error:
+                    # The server was closing it (llama.cpp does, whatever it promised);
+                    # so it has not looked at the request, which may go out once more.
+                    if connection.has_received or self._is_streamed:
+                        raise self._unreachable(error) from error
+                self.drop()
+            connection = await self._upstream.connect(self._target)
+            self._connection = connection
+            self._send(connection)
+            while not connection.is_head_in:
+                await connection.arrival()
+            return UpstreamReply(connection, unpack=self._unpack)
+        except (OSError, TimeoutError, UnicodeError, ConnectionFailed, BadReply) as e:
+            self.drop()
+            raise self._unreachable(e) from e
         except BaseException:
             self.drop()
             raise
@@ -438,44 +460,23 @@ class UpstreamCall:
         if connection is not None:
             self._upstream.give_back(self._target, connection)
 
-    async def _exchange(self) -> UpstreamReply:
-        idle = self._upstream.take_idle(self._target)
-        if idle is not None:
-            self._connection = idle
-            try:
-                return await self._ask(idle)
-            except ConnectionFailed as error:
-                # The server was closing it (llama.cpp does, whatever it promised); so
-                # it has not looked at the request, which may go out once more.
-                if idle.has_received or not isinstance(self._body, bytes | None):
-                    raise self._unreachable(error) from error
-            self.drop()
-        try:
-            self._connection = await self._upstream.connect(self._target)
-        except (OSError, TimeoutError, UnicodeError) as error:
-            raise self._unreachable(error) from error
-        try:
-            return await self._ask(self._connection)
-        except ConnectionFailed as error:
-            raise self._unreachable(error) from error
+    @property
+    def _is_streamed(self) -> bool:
+        return not isinstance(self._body, bytes | None)
 
-    async def _ask(self, connection: Connection) -> UpstreamReply:
-        head = self._head()
-        if isinstance(self._body, bytes | None):
-            connection.send(head, self._body or b"", bodiless=self._method == "HEAD")
-        else:
-            length = self._headers.get("Content-Length")
-            connection.send_stream(
-                head,
-                self._body,
-                length=None if length is None else int(length),
-                bodiless=self._method == "HEAD",
-            )
-        try:
-            await connection.head()
-        except BadReply as error:
-            raise self._unreachable(error) from error
-        return UpstreamReply(connection, unpack=self._unpack)
+    def _send(self, connection: Connection) -> None:
+        head, body = self._head(), self._body
+        bodiless = self._method == "HEAD"
+        if isinstance(body, bytes | None):
+            connection.send(head, body or b"", bodiless=bodiless)
+            return
+        length = self._headers.get("Content-Length")
+        connection.send_stream(
+            head,
+            body,
+            length=None if length is None else int(length),
+            bodiless=bodiless,
+        )
 
     def _head(self) -> bytes:
         target, body, headers = self._target, self._body, self._headers

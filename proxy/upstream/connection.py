@@ -28,10 +28,10 @@ class BadReply(Exception):
 
 
 class Connection(asyncio.Protocol):
-    """Driven by one task at a time: ``send``, ``head``, then ``take`` until ``is_complete``, with
-    ``arrival`` in between. Or a function is given to ``listener``: it is called when
-    there is something to take, or nothing more will come. That saves a task switch per
-    read.
+    """Driven by one task at a time: ``send``, then ``arrival`` until ``is_head_in``,
+    then ``take`` until ``is_complete``, with ``arrival`` in between. Or a function is
+    given to ``listener``: it is called when there is something to take, or nothing more
+    will come. That saves a task switch per read.
 
     ``is_reusable`` says afterwards whether another request may follow. A connection
     that was used before and fails while ``has_received`` is False met a server that was
@@ -52,7 +52,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._is_busy = False
-        self._is_head_in = False
+        self.is_head_in = False
         self._is_complete = False
         self._is_bodiless = False  # the request was HEAD
         self._ends_with_connection = False
@@ -101,7 +101,7 @@ class Connection(asyncio.Protocol):
         self.headers = {}
         self.has_received = False
         self._is_busy = True
-        self._is_head_in = self._is_complete = False
+        self.is_head_in = self._is_complete = False
         self._is_bodiless = bodiless
         self._head_bytes = self._unfinished_bytes = 0
         self._chunks = []
@@ -141,18 +141,15 @@ class Connection(asyncio.Protocol):
 
     # ------------------------------------------------------------------------- replies
 
-    async def head(self) -> None:
-        """Wait for status and headers. Raises: ConnectionFailed, BadReply."""
-        while not self._is_head_in:
-            await self._wait()
-
-    async def arrival(self) -> None:
-        """Wait for more of the reply, or its end.
+    def arrival(self) -> asyncio.Future[None]:
+        """To be waited for: more of the reply, or its end.
 
         Raises: ConnectionFailed, BadReply: there will be no end.
         """
-        if not self._chunks and not self._is_complete:
-            await self._wait()
+        if self._error is not None:
+            raise self._error
+        self._reader = self._loop.create_future()
+        return self._reader
 
     def take(self) -> bytes:
         """Return what has arrived of the body, b"" if that is nothing."""
@@ -244,12 +241,6 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    async def _wait(self) -> None:
-        if self._error is not None:
-            raise self._error
-        self._reader = self._loop.create_future()
-        await self._reader
-
     def _wake(self) -> None:
         if self.listener is not None:
             self.listener()
@@ -287,7 +278,7 @@ class Connection(asyncio.Protocol):
             else:
                 self._fail(BadReply(str(error)))
                 self.abort()
-        if not self._is_head_in and self._error is None:
+        if not self.is_head_in and self._error is None:
             self._unfinished_bytes += len(data)
             if self._unfinished_bytes > MAX_HEAD_BYTES:
                 self._fail(BadReply("its head is too long"))
@@ -309,7 +300,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.is_open = False
-        if self._ends_with_connection and self._is_head_in and error is None:
+        if self._ends_with_connection and self.is_head_in and error is None:
             self._is_complete = True
         if not self._is_complete:
             self._fail(ConnectionFailed(str(error or "closed")))
@@ -332,7 +323,7 @@ class Connection(asyncio.Protocol):
             self._is_spoilt = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._is_head_in or self._is_complete:
+        if self.is_head_in or self._is_complete:
             return  # a trailer: nothing of it may pass for a header
         self._head_bytes += len(name) + len(value) + 4
         if self._head_bytes > MAX_HEAD_BYTES:
@@ -357,7 +348,7 @@ class Connection(asyncio.Protocol):
         self._ends_with_connection = not framed and self.status not in (204, 304)
         keep_alive = headers.get("keep-alive")
         self.keep_alive_s = _timeout_of(keep_alive) if keep_alive else None
-        self._is_head_in = True
+        self.is_head_in = True
         if self._is_bodiless:
             # The parser cannot know that no body follows.
             self._is_complete = self._is_spoilt = True
