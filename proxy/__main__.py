@@ -167,7 +167,7 @@ async def _serve_until_stopped(options: argparse.Namespace) -> int:
     async with contextlib.AsyncExitStack() as stack:
         settings = await _settings(options, stack)
         redact = Redactor(config.secrets(settings))
-        upstream = Upstream(settings.timeouts.connect_s)
+        upstream = Upstream()
         stack.push_async_callback(upstream.close)
         loop = asyncio.get_running_loop()
         log = ExchangeLog(sys.stdout, redact, lambda f: loop.call_later(LOG_DELAY_S, f))

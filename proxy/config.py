@@ -27,7 +27,13 @@ from proxy.modelconfig.check import hint, join, read as read_data
 from proxy.modelconfig.findings import Findings
 from proxy.modelconfig.provider_overrides import ReadFile, read_secret
 from proxy.modelconfig.refs import made_id
-from proxy.modelconfig.resolved import Model, ModelConfiguration, Provider
+from proxy.modelconfig.resolved import (
+    Model,
+    ModelConfiguration,
+    Provider,
+    Seconds,
+    Timeouts,
+)
 from proxy.modelconfig.schema import Block, Keys
 
 TOKENS_VARIABLE = "COMPLETIONS_PROXY_TOKENS"
@@ -36,7 +42,6 @@ UNKNOWN_TOKENS = 32_768
 DEFAULT_LISTEN = "127.0.0.1:8080"
 
 Positive: TypeAlias = Annotated[int, Meta(gt=0)]
-Seconds: TypeAlias = Annotated[float, Meta(gt=0)]
 
 
 class Limits(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
@@ -46,12 +51,17 @@ class Limits(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=
     event_bytes: Positive = 10 * 1024 * 1024
 
 
-class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """For a connection to the upstream, and for a whole request of each feature."""
+class KeepAlive(
+    msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True
+):
+    """What a client of a stream hears while its upstream is silent.
 
-    connect_s: Seconds = field(name="connect", default=10.0)
-    chat_s: Seconds = field(name="chat", default=480.0)
-    code_s: Seconds = field(name="code", default=60.0)
+    Every ``every`` seconds; 0 is never. ``before_first_token`` also while the answer
+    has not begun, which means a status of 200 whatever comes of it.
+    """
+
+    every_s: Annotated[float, Meta(ge=0)] = field(name="every", default=15.0)
+    before_first_token: bool = False
 
 
 class Token(msgspec.Struct, frozen=True):
@@ -77,6 +87,7 @@ class Settings(msgspec.Struct, frozen=True):
     limits: Limits
     timeouts: Timeouts
     models: ModelConfiguration
+    keep_alive: KeepAlive = KeepAlive()
     client_version_check: bool = False
     passthrough: bool = False
     list_upstream_models: bool = False
@@ -102,6 +113,16 @@ class _Auth(Keys):
 
 class _Model(Keys):
     strict_template: bool | None = None
+    fallback: str = ""
+
+
+class _Timeouts(Keys):
+    connect: Seconds | None = None
+    headers: Seconds | None = None
+    first_token: Seconds | None = None
+    between_tokens: Seconds | None = None
+    chat: Seconds | None = None
+    code: Seconds | None = None
 
 
 class _Provider(Keys):
@@ -110,6 +131,9 @@ class _Provider(Keys):
     ) = None
     adjust: bool = True
     credentials: Literal["configured", "client"] = "configured"
+    balance: Literal["least-outstanding", "round-robin", "random"] = "least-outstanding"
+    weights: list[Positive] = []
+    timeouts: _Timeouts = field(default_factory=_Timeouts)
 
 
 class _File(Keys):
@@ -118,6 +142,7 @@ class _File(Keys):
     auth: Literal["none"] | _Auth | None = None
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
+    keep_alive: KeepAlive = KeepAlive()
     aliases: dict[str, str] = {}
     fallback: bool = False
     models: dict[str, _Model] = {}
@@ -416,6 +441,7 @@ def _settings(
         open=not tokens,
         limits=file.limits,
         timeouts=file.timeouts,
+        keep_alive=file.keep_alive,
         models=models,
         client_version_check=file.client_version_check,
         passthrough=file.passthrough,
@@ -585,9 +611,15 @@ def _models(
         findings.problems += error.problems
         return None
     refs = [model.ref for model in found.models]
-    for ref in file.models:
+    for ref, own in file.models.items():
         if ref not in refs:
             findings.problem(join("models", ref), f"unknown model; {hint(ref, refs)}")
+        at = f"{join('models', ref)}.fallback"
+        if own.fallback and own.fallback not in refs:
+            text = f'unknown model "{own.fallback}"; {hint(own.fallback, refs)}'
+            findings.problem(at, text)
+        elif own.fallback == ref:
+            findings.problem(at, "names the model itself; name another one")
     for name, ref in file.aliases.items():
         if ref not in refs:
             text = f'unknown model "{ref}"; {hint(ref, refs)}'
@@ -596,11 +628,19 @@ def _models(
         if name not in found.providers:
             text = f"unknown provider; {hint(name, list(found.providers))}"
             findings.problem(join("providers", name), text)
+    for id, provider in found.providers.items():
+        weights = file.providers[id].weights if id in file.providers else []
+        if weights and len(weights) != len(provider.endpoints):
+            findings.problem(
+                f"{join('providers', id)}.weights",
+                f"{len(weights)} for {len(provider.endpoints)} endpoints; give one for "
+                "each, in their order",
+            )
     models = tuple(
         _with_own(model, file.models.get(model.ref)) for model in found.models
     )
     providers = {
-        id: _provider_with_own(provider, file.providers.get(id))
+        id: _provider_with_own(provider, file.providers.get(id), file.timeouts)
         for id, provider in found.providers.items()
     }
     return replace(
@@ -612,21 +652,36 @@ def _models(
     )
 
 
-def _provider_with_own(provider: Provider, own: _Provider | None) -> Provider:
+def _provider_with_own(
+    provider: Provider, own: _Provider | None, timeouts: Timeouts
+) -> Provider:
     if own is None:
-        return provider
+        return replace(provider, timeouts=timeouts)
+    given = {
+        f"{name}_s": value
+        for name in own.timeouts.__struct_fields__
+        if (value := getattr(own.timeouts, name)) is not None
+    }
     return replace(
         provider,
         profile=own.profile or "",
         adjust=own.adjust,
         client_credentials=own.credentials == "client",
+        balance=own.balance,
+        weights=tuple(own.weights),
+        timeouts=replace(timeouts, **given),
     )
 
 
 def _with_own(model: Model, own: _Model | None) -> Model:
-    if own is None or own.strict_template is None:
+    if own is None:
         return model
-    return replace(model, strict_template=own.strict_template)
+    strict = own.strict_template
+    return replace(
+        model,
+        strict_template=model.strict_template if strict is None else strict,
+        fallback=own.fallback,
+    )
 
 
 # --- settings -> text

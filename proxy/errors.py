@@ -18,7 +18,11 @@ ProxyError
         UpstreamGarbled    its reply is not what its content type or dialect promises
         EventTooLarge      one event of its stream exceeds the limit
         UpstreamUnreachable  no connection, or none that lasted until a reply
+            ConnectTimeout   there was none in time
         DeadlineExceeded   it did not answer in the time the request had
+            HeadersTimeout     its reply did not begin in time
+            FirstTokenTimeout  its answer did not begin in time
+            TokenGapTimeout    its answer did not go on in time
     ShuttingDown           the proxy ends before the reply does
     ConfigError            the configuration cannot be used; lists every problem
 
@@ -40,7 +44,6 @@ class ProxyError(Exception):
 
     status: int = 500
     kind: ClassVar[str] = "internal"
-    retryable: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -114,8 +117,20 @@ class PayloadTooLarge(ClientFault):
 
 
 class UpstreamFault(ProxyError):
+    """``retryable``: as long as nothing was said to the client, another endpoint may be
+    asked the same. ``is_sick``: it tells something about how the endpoint does, not
+    only about this request.
+    """
+
     status = 502
     kind = "upstream_error"
+    retryable = False
+    is_sick = True
+
+
+# Overloaded, or on the way somewhere: another endpoint may do better. Of all other
+# statuses 500 may be the request's fault, and 4xx is.
+_RETRYABLE = frozenset((408, 425, 429, 502, 503, 504, 529))
 
 
 class UpstreamStatus(UpstreamFault):
@@ -146,6 +161,8 @@ class UpstreamStatus(UpstreamFault):
         self.source = source
         self.body = body
         self.detail = detail if detail is not None else body
+        self.retryable = status in _RETRYABLE
+        self.is_sick = status >= 500
 
     @property
     def log_text(self) -> str:
@@ -167,6 +184,8 @@ class UpstreamReported(UpstreamFault):
         super().__init__(message, status=status)
         self.type = type
         self.detail = detail or message
+        self.retryable = status in _RETRYABLE
+        self.is_sick = status >= 500
 
     @property
     def log_text(self) -> str:
@@ -175,10 +194,12 @@ class UpstreamReported(UpstreamFault):
 
 class UpstreamTruncated(UpstreamFault):
     kind = "upstream_truncated"
+    retryable = True
 
 
 class UpstreamGarbled(UpstreamFault):
     kind = "upstream_garbled"
+    retryable = True
 
     @property
     def log_text(self) -> str:
@@ -195,9 +216,28 @@ class UpstreamUnreachable(UpstreamFault):
     retryable = True
 
 
+class ConnectTimeout(UpstreamUnreachable):
+    status = 504
+    kind = "connect_timeout"
+
+
 class DeadlineExceeded(UpstreamFault):
     status = 504
     kind = "deadline_exceeded"
+
+
+class HeadersTimeout(DeadlineExceeded):
+    kind = "headers_timeout"
+    retryable = True
+
+
+class FirstTokenTimeout(DeadlineExceeded):
+    kind = "first_token_timeout"
+    retryable = True
+
+
+class TokenGapTimeout(DeadlineExceeded):
+    kind = "token_gap_timeout"
 
 
 class ShuttingDown(ProxyError):

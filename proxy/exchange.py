@@ -56,6 +56,7 @@ class Exchange:
         self.is_started = False  # something was said to the client
         self.is_answering = False  # the upstream has begun its answer
         self.is_ended = False
+        self.progress = 0  # grows with every read that goes on with the answer
         self.error: ProxyError | None = None
         self.adjusted: tuple[str, ...] = ()  # a translation says all there is to say
         self._reader = reader
@@ -239,8 +240,9 @@ class Exchange:
     def _say(self, deltas: list[Delta]) -> bytes:
         if not deltas:
             return b""
-        if not self.is_answering:
-            self.is_answering = any(type(delta) is not Start for delta in deltas)
+        if type(deltas[-1]) is not Start:  # it can only be the first
+            self.is_answering = True
+            self.progress += 1
         if self._cutter is not None:
             deltas = self._cut(deltas, self._cutter)
         if not self._stream:

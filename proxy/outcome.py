@@ -10,6 +10,7 @@ class Outcome(
 
     ``kind`` is ``ok`` (said at the end, if nothing else was), ``client_gone``, or the
     ``kind`` of the error that ended it; ``status`` is what the client got.
+    ``tried`` names the endpoints and models that were asked in vain before, and why.
     ``first_token_s`` and ``duration_s`` count from the arrival of the request. No field
     ever holds text of a prompt or an answer.
     """
@@ -32,5 +33,6 @@ class Outcome(
     duration_s: float | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    tried: list[str] = []
     adjusted: list[str] = []
     error: str = ""

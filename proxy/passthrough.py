@@ -46,6 +46,7 @@ class PassThrough:
         self.is_started = False
         self.is_answering = False
         self.is_ended = False
+        self.progress = 0  # grows with every read that goes on with the answer
         self.error: ProxyError | None = None
         self._reader = reader
         self._writer = writer
@@ -81,6 +82,7 @@ class PassThrough:
         while data and not self.is_ended:
             end = self._run_length(data)
             if end:
+                self.progress += 1
                 out += data[:end]
             else:
                 # Event by event up to the answer, then all that is left.
@@ -99,8 +101,9 @@ class PassThrough:
         if self._reader.ended and not self._reader.finished and fault is None:
             added = fixer.missing_finish(self._reader.model)
         out = self._whole_events(data, events, fixer, fault is not None, added)
-        if not self.is_answering:
-            self.is_answering = any(type(delta) is not Start for delta in deltas)
+        if deltas and type(deltas[-1]) is not Start:  # it can only be the first
+            self.is_answering = True
+            self.progress += 1
         if self._reader.ended and not self.is_answering and fault is None:
             fault = UpstreamReported("upstream ended the stream without an answer")
         if not self.is_answering:
@@ -164,7 +167,9 @@ class PassThrough:
         fault = self._read(data, [], deltas) if self.error is None else None
         if fault is not None:
             self.error = fault
-        self.is_answering = self.is_answering or bool(deltas)
+        if deltas:
+            self.is_answering = True
+            self.progress += 1
         self.is_started = True
         return data
 
@@ -247,6 +252,7 @@ class PassedBody:
         self.is_answering = False
         self.is_ended = False
         self.is_finishing = False
+        self.progress = 0
         self.error: ProxyError | None = None
         self._reader = reader
         self._limit_bytes = limit_bytes

@@ -62,7 +62,7 @@ async def probe(url: str) -> Found:
     Raises: ConfigError: that is no URL of a server.
     """
     base = _base(url)
-    upstream = Upstream(_TIMEOUT_S)
+    upstream = Upstream()
     try:
         async with asyncio.timeout(_TIMEOUT_S):
             return await _ask(upstream, base)

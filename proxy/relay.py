@@ -12,18 +12,23 @@ from functools import lru_cache
 from typing import NoReturn
 
 from proxy.completion import CompletionRequest
+from proxy.config import KeepAlive
 from proxy.dialects.adjust import ReplyFixer
 from proxy.dialects.base import EVENT_STREAM, JSON, Writer, media_type
 from proxy.errors import (
     ClientFault,
     DeadlineExceeded,
+    FirstTokenTimeout,
+    HeadersTimeout,
     ProxyError,
     ShuttingDown,
+    TokenGapTimeout,
     UpstreamFault,
     UpstreamStatus,
 )
 from proxy.exchange import Exchange
 from proxy.log import ExchangeLog
+from proxy.modelconfig.resolved import Timeouts
 from proxy.outcome import Outcome
 from proxy.passthrough import PassedBody, PassThrough
 from proxy.providers.base import Call
@@ -64,6 +69,8 @@ class Relay:
         source: what the upstream is called in errors about its status.
         event_bytes: most bytes of one event.
         verbose: log what goes to and comes from the upstream.
+        timeouts: how long the upstream may take.
+        keep_alive: what to say while it is silent.
         reply_headers: what a successful reply carries besides.
         clients_credential: the upstream was asked with the client's own credential,
             so that its refusal is the client's to hear.
@@ -82,6 +89,8 @@ class Relay:
         redact: Redactor,
         log: ExchangeLog,
         verbose: bool,
+        timeouts: Timeouts,
+        keep_alive: KeepAlive,
         reply_headers: dict[str, str],
         clients_credential: bool,
         loop: asyncio.AbstractEventLoop,
@@ -96,6 +105,12 @@ class Relay:
         self._redact = redact
         self._log = log
         self._verbose = verbose
+        self._timeouts = timeouts
+        self._keep_alive = keep_alive
+        self._progress = 0  # of the exchange, when it was last looked at
+        self._answered_s = 0.0  # when the answer began or last went on
+        self._spoken = 0  # writes to the client, and their number at the last tick
+        self._spoken_before = -1
         self._reply_headers = reply_headers
         self._clients_credential = clients_credential
         self._loop = loop
@@ -107,9 +122,21 @@ class Relay:
         self._status = 200
         self._task: asyncio.Task[object] | None = None
         self._stopped: ProxyError | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._event: asyncio.Future[None] | None = None
+        self._error: ProxyError | None = None
         self._is_over = False  # the last byte was written
         self._is_closing = False
+
+    @property
+    def error(self) -> ProxyError | None:
+        """What went wrong, said to the client or not."""
+        return self._error
+
+    @property
+    def is_complete(self) -> bool:
+        """All was said to the client, and nothing was wrong."""
+        return self._is_over and self._error is None
 
     def interrupt(self) -> None:
         """End the reply now, with an error that the client understands."""
@@ -123,11 +150,18 @@ class Relay:
         """
         self._started_s = started_s
         self._timeout_s = timeout_s
-        self._deadline_s = self._due_s = started_s + timeout_s
+        self._deadline_s = self._closing_s = started_s + timeout_s
         self._task = asyncio.current_task(self._loop)
-        self._timer = self._loop.call_at(self._due_s, self._tick)
+        self._asked_s = self._loop.time()
+        self._set_clock()
         call = self._call
-        asked = upstream.open(call.url, call.headers, call.body, self._outcome.endpoint)
+        asked = upstream.open(
+            call.url,
+            call.headers,
+            call.body,
+            self._outcome.endpoint,
+            connect_s=self._timeouts.connect_s,
+        )
         try:
             await self._converse(asked)
         except asyncio.CancelledError:
@@ -148,7 +182,8 @@ class Relay:
                 ProxyError(f"internal error, logged as {self._outcome.id}")
             )
         finally:
-            self._timer.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
             asked.drop()
             if self._unlogged:  # a last line without an end
                 self._log_data(len(self._unlogged))
@@ -170,6 +205,7 @@ class Relay:
         if call.native:
             self._passed_headers = _told(reply)
         self._exchange = self._new_exchange()
+        self._exchange.is_started = self._response.is_begun
         self._step_on(reply, self._exchange)
         if not self._is_over:
             reply.listen(self._step)
@@ -208,9 +244,12 @@ class Relay:
         is_complete = not exchange.is_ended and reply.is_complete
         if is_complete:
             out += exchange.receive_eof()
-        if exchange.is_answering and self._outcome.first_token_s is None:
-            elapsed_s = self._loop.time() - self._started_s
-            self._outcome.first_token_s = round(elapsed_s, 4)
+        if exchange.progress != self._progress:
+            self._progress = exchange.progress
+            self._answered_s = self._loop.time()
+            if self._outcome.first_token_s is None:
+                elapsed_s = self._answered_s - self._started_s
+                self._outcome.first_token_s = round(elapsed_s, 4)
         if exchange.is_ended:
             self._note(exchange.error)
             self._end(out)
@@ -221,7 +260,8 @@ class Relay:
             raise failure
         if exchange.is_finishing and not self._is_closing:
             self._is_closing = True
-            self._expect(self._loop.time() + GRACE_S)
+            self._closing_s = min(self._deadline_s, self._loop.time() + GRACE_S)
+            self._set_clock()
         if self._response.is_clogged:
             self._wake()
         elif reply.has_more or (data and reply.failure is not None):
@@ -233,20 +273,75 @@ class Relay:
 
     # -------------------------------------------------------------------------- clocks
 
-    def _expect(self, due_s: float) -> None:
-        """Set the clock to an earlier time."""
-        if due_s < self._due_s:
-            self._due_s = due_s
+    def _set_clock(self) -> None:
+        """Wake up when the next thing is due. What the events do to that is only noted:
+        then it is looked at again.
+        """
+        due_s = min(self._closing_s, self._expected_s()[0])
+        every_s = self._keep_alive.every_s
+        if self._completion.stream and every_s:
+            due_s = min(due_s, self._loop.time() + every_s)
+        if self._timer is not None:
             self._timer.cancel()
-            self._timer = self._loop.call_at(due_s, self._tick)
+        self._timer = self._loop.call_at(due_s, self._tick)
+
+    def _expected_s(self) -> tuple[float, type[DeadlineExceeded], str]:
+        """When the upstream must have done what, and how its failure is called."""
+        timeouts = self._timeouts
+        if self._completion.stream:
+            if self._answered_s:
+                due_s = self._answered_s + timeouts.between_tokens_s
+                return due_s, TokenGapTimeout, "go on with its answer"
+            if self._reply is None and timeouts.headers_s is not None:
+                due_s = self._asked_s + timeouts.headers_s
+                return due_s, HeadersTimeout, "begin its reply"
+            if timeouts.first_token_s is not None:
+                due_s = self._asked_s + timeouts.first_token_s
+                return due_s, FirstTokenTimeout, "begin its answer"
+        return self._deadline_s, DeadlineExceeded, "complete the reply"
 
     def _tick(self) -> None:
-        self._stop(
-            DeadlineExceeded(
-                "context deadline exceeded: the upstream did not complete the "
-                f"reply within {self._timeout_s * 1000:.0f} ms"
-            )
+        now_s = self._loop.time()
+        due_s, kind, what = self._expected_s()
+        if now_s >= self._closing_s:  # be it that nothing but usage was missing
+            self._stop(self._late(DeadlineExceeded, "complete the reply"))
+        elif now_s >= due_s:
+            self._stop(self._late(kind, what))
+        else:
+            self._speak_again()
+            self._set_clock()
+
+    def _late(self, kind: type[DeadlineExceeded], what: str) -> DeadlineExceeded:
+        limits_s = {
+            HeadersTimeout: self._timeouts.headers_s,
+            FirstTokenTimeout: self._timeouts.first_token_s,
+            TokenGapTimeout: self._timeouts.between_tokens_s,
+        }
+        limit_s = limits_s.get(kind) or self._timeout_s
+        return kind(
+            f"context deadline exceeded: the upstream did not {what} within "
+            f"{limit_s * 1000:.0f} ms"
         )
+
+    def _speak_again(self) -> None:
+        """Let a client that has heard nothing for a while know that we are there."""
+        before, self._spoken_before = self._spoken_before, self._spoken
+        response, exchange = self._response, self._exchange
+        if before != self._spoken or response.is_clogged or self._is_over:
+            return
+        if not response.is_begun and not self._keep_alive.before_first_token:
+            return
+        if not self._completion.stream or not self._call.adjust:
+            return
+        if not (out := self._writer.keep_alive()):
+            return
+        if not response.is_begun:
+            headers = dict(self._writer.stream_headers) | self._reply_headers
+            response.begin(200, headers, out)
+            if exchange is not None:
+                exchange.is_started = True
+        else:
+            response.write(out)
 
     def _stop(self, error: ProxyError) -> None:
         """Stop waiting, whatever for."""
@@ -332,6 +427,7 @@ class Relay:
     # ------------------------------------------------------------------------- writing
 
     def _write(self, out: bytes) -> None:
+        self._spoken += 1
         if self._response.is_begun:
             self._response.write(out)
         else:
@@ -385,7 +481,11 @@ class Relay:
         exchange, is_begun = self._exchange, self._response.is_begun
         if not is_begun and (exchange is None or exchange.is_ended):
             raise error
-        if exchange is None or exchange.is_ended:
+        if exchange is None:  # only that we are there was said
+            error.message = self._redact(error.message)
+            self._end(self._writer.error(error))
+            return
+        if exchange.is_ended:
             self._abort()  # all was said, but the client does not take it
         try:
             out = exchange.receive_failure(error)
@@ -419,6 +519,7 @@ class Relay:
         raise ConnectionResetError("aborted")
 
     def _note(self, error: ProxyError | None) -> None:
+        self._error = error
         self._outcome.kind = error.kind if error is not None else "ok"
         self._outcome.error = error.log_text if error is not None else ""
 

@@ -21,7 +21,7 @@ from msgspec import json, structs
 
 from proxy import __version__, pages, routes
 from proxy.auth import NOT_GIVEN, Access, credential
-from proxy.completion import CompletionRequest, Feature
+from proxy.completion import CompletionRequest
 from proxy.config import Settings
 from proxy.dialects.adjust import (
     ADJUSTED,
@@ -55,6 +55,7 @@ from proxy.forward import forward
 from proxy.log import ExchangeLog
 from proxy.modelconfig.resolved import Endpoint, Model, Provider as ProviderSettings
 from proxy.outcome import Outcome
+from proxy.pool import Member, Pool
 from proxy.providers import PROVIDERS
 from proxy.providers.base import Asked, Call, Native, pass_on, token_query
 from proxy.redact import Redactor
@@ -101,6 +102,10 @@ class Proxy:
         self.access = Access(settings.tokens, open=settings.open)
         self.providers = {
             provider.id: PROVIDERS[provider.type](provider)
+            for provider in settings.models.providers.values()
+        }
+        self.pools = {
+            provider.id: Pool(provider.endpoints, provider.balance, provider.weights)
             for provider in settings.models.providers.values()
         }
         self.takes_clients_credentials = any(
@@ -268,22 +273,20 @@ class _Handling:
         if token is not None:
             self._outcome.user = token.name
 
-    def _endpoint(self, settings: ProviderSettings) -> Endpoint:
-        """Choose one of the provider's, with the credential that it is to get.
+    def _admit(self, settings: ProviderSettings) -> str:
+        """Return the client's own credential where the provider asks for that, or "".
 
         Raises: Unauthorized: nobody vouches for the client.
         """
-        endpoints = settings.endpoints
-        endpoint = endpoints[0] if len(endpoints) == 1 else random.choice(endpoints)
-        self._outcome.provider, self._outcome.endpoint = settings.id, endpoint.name
+        self._outcome.provider = settings.id
         if not settings.client_credentials:
             if self._refusal is not None:
                 raise self._refusal
-            return endpoint
+            return ""
         token = credential(_authorization(self._head, "Authorization"))
         if not token:
             raise Unauthorized("this model is asked with your own API key: send one")
-        return structs.replace(endpoint, access_token=token, headers={})
+        return token
 
     async def _read_body(self) -> bytes:
         request = self._request
@@ -297,7 +300,8 @@ class _Handling:
                 if len(body) > limit:
                     raise _too_large(limit)
                 return body
-            async with asyncio.timeout_at(self._started_s + self._timeout_s("chat")):
+            limit_s = self._timeout_s(self._proxy.settings.timeouts.chat_s)
+            async with asyncio.timeout_at(self._started_s + limit_s):
                 return await request.read()
         except TimeoutError:
             raise RequestTimeout("the request's body did not come in time") from None
@@ -322,40 +326,86 @@ class _Handling:
             transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     async def _complete(self, asked: "_Asked") -> None:
-        proxy, outcome, settings = self._proxy, self._outcome, asked.settings
-        completion, call = asked.completion, self._call(asked)
+        """Ask one endpoint after the other, as long as nothing was said to the client.
+
+        Raises: ProxyError: nothing was said, and nobody is left to ask.
+        """
+        while True:
+            try:
+                await self._ask_pool(asked)
+                return
+            except UpstreamFault as fault:
+                fallback = asked.model.fallback
+                if not fault.retryable or not fallback or asked.is_fallback:
+                    raise
+                self._outcome.tried.append(f"{asked.model.ref} {fault.kind}")
+                asked = self._with_model(asked, fallback)
+
+    async def _ask_pool(self, asked: "_Asked") -> None:
+        pool, loop = self._proxy.pools[asked.settings.id], self._loop
+        timeouts, outcome = asked.settings.timeouts, self._outcome
+        is_chat = asked.completion.feature == "chat"
+        timeout_s = self._timeout_s(timeouts.chat_s if is_chat else timeouts.code_s)
+        tried: list[Member] = []
+        member = pool.pick(loop.time())
+        while member is not None:
+            outcome.endpoint = member.name
+            call = self._call(asked, member.endpoint)
+            relay = self._relay(asked, call)
+            try:
+                await relay.run(self._proxy.upstream, self._started_s, timeout_s)
+                return
+            except UpstreamFault as fault:
+                tried.append(member)
+                is_in_time = loop.time() < self._started_s + timeout_s
+                if not (fault.retryable and is_in_time and len(tried) < len(pool)):
+                    raise
+                if not pool.may_retry():
+                    raise
+                outcome.tried.append(f"{member.name} {fault.kind}")
+            finally:
+                self._proxy.finished(relay)
+                pool.finished(member, relay.error, loop.time(), relay.is_complete)
+                if (usage := call.reader.usage) is not None:
+                    outcome.prompt_tokens = usage.prompt_tokens
+                    outcome.completion_tokens = usage.completion_tokens
+            member = pool.pick(loop.time(), tried)
+
+    def _relay(self, asked: "_Asked", call: Call) -> Relay:
+        proxy, settings = self._proxy, asked.settings
         relay = Relay(
             self._response,
-            completion,
+            asked.completion,
             asked.writer,
             call,
-            outcome,
+            self._outcome,
             source=proxy.providers[settings.id].source,
             event_bytes=proxy.settings.limits.event_bytes,
             redact=proxy.redact,
             log=proxy.log,
             verbose=settings.verbose_logs,
+            timeouts=settings.timeouts,
+            keep_alive=proxy.settings.keep_alive,
             reply_headers=routes.reply_headers(self._path, asked.model),
             clients_credential=settings.client_credentials,
             loop=proxy.loop,
         )
         proxy.started(relay)
-        try:
-            await relay.run(
-                proxy.upstream, self._started_s, self._timeout_s(completion.feature)
-            )
-        finally:
-            proxy.finished(relay)
-            if (usage := call.reader.usage) is not None:
-                outcome.prompt_tokens = usage.prompt_tokens
-                outcome.completion_tokens = usage.completion_tokens
+        return relay
 
-    def _call(self, asked: "_Asked") -> Call:
+    def _call(self, asked: "_Asked", endpoint: Endpoint) -> Call:
         """Hand the client's bytes on where the upstream speaks its dialect."""
-        native, settings = asked.native, asked.settings
+        settings = asked.settings
+        if asked.credential:
+            endpoint = structs.replace(
+                endpoint, access_token=asked.credential, headers={}
+            )
+        native = None
+        if asked.is_native:
+            native = self._native(asked.completion, asked.model, settings, endpoint)
         if native is None or asked.chosen is None:
             provider = self._proxy.providers[settings.id]
-            return provider.call(asked.completion, asked.model, asked.endpoint)
+            return provider.call(asked.completion, asked.model, endpoint)
         asked.completion.dropped = []
         return pass_on(
             native,
@@ -377,7 +427,7 @@ class _Handling:
             # Where the upstream speaks the client's dialect, it says itself what is
             # wrong with the rest, and understands what cannot be translated.
             asked = self._choose(*sketch(head, chosen), body, chosen)
-            if asked.native is not None:
+            if asked.is_native:
                 return asked
         try:
             completion, writer = incoming.parse(head, body)
@@ -396,20 +446,46 @@ class _Handling:
         writer: Writer,
         body: bytes,
         chosen: Chosen | None,
+        ref: str = "",
     ) -> "_Asked":
+        """Say who is to answer.
+
+        Args:   ref: of the model to ask instead of the one that is asked for.
+        Raises: UnknownModel: nobody.
+        """
         outcome, models = self._outcome, self._proxy.models
         outcome.feature, outcome.stream = completion.feature, completion.stream
         completion.user = outcome.user
-        model = models.choose(completion.feature, completion.model, completion.fast)
+        name, fast = (ref, False) if ref else (completion.model, completion.fast)
+        model = models.choose(completion.feature, name, fast)
         outcome.model = model.ref
         settings = models.providers[model.provider_id]
-        endpoint = self._endpoint(settings)
-        native = None
+        given = self._admit(settings)
+        is_native = False
         if chosen is not None:  # else it is of no dialect that passes
-            native = self._native(completion, model, settings, endpoint)
+            first = settings.endpoints[0]
+            is_native = self._native(completion, model, settings, first) is not None
         return _Asked(
-            completion, writer, body, chosen, model, settings, endpoint, native
+            completion,
+            writer,
+            body,
+            chosen,
+            model,
+            settings,
+            is_native,
+            given,
+            bool(ref),
         )
+
+    def _with_model(self, asked: "_Asked", ref: str) -> "_Asked":
+        """The same request for another model."""
+        other = self._choose(
+            asked.completion, asked.writer, asked.body, asked.chosen, ref
+        )
+        if asked.is_native and not other.is_native:  # until now its body just passed
+            parsed = self._incoming.parse(self._head, asked.body)
+            return self._choose(*parsed, asked.body, asked.chosen, ref)
+        return other
 
     def _native(
         self,
@@ -428,14 +504,14 @@ class _Handling:
             natives[key] = provider.native(asked, completion, model, endpoint)
         return natives[key]
 
-    def _timeout_s(self, feature: Feature) -> float:
+    def _timeout_s(self, default_s: float) -> float:
+        """How long the request may take: what its client says, or the default."""
         given = self._request.headers.get("X-Timeout-Ms")
         if given is not None:
             text = given.strip()
             if text.isascii() and text.isdigit() and int(text[:9]) > 0:
                 return int(text[:9]) / 1000
-        timeouts = self._proxy.settings.timeouts
-        return timeouts.chat_s if feature == "chat" else timeouts.code_s
+        return default_s
 
     def _noted(self, error: ProxyError) -> ProxyError:
         self._outcome.kind = error.kind
@@ -454,7 +530,8 @@ class _Handling:
 class _Asked(msgspec.Struct):
     """What a request asks for, and who is to answer it.
 
-    ``native`` if the upstream speaks the client's dialect, so that ``body`` passes.
+    ``is_native`` if the upstream speaks the client's dialect, so that ``body`` passes.
+    ``credential`` is the client's own, where the upstream is asked with that.
     """
 
     completion: CompletionRequest
@@ -463,8 +540,9 @@ class _Asked(msgspec.Struct):
     chosen: Chosen | None
     model: Model
     settings: ProviderSettings
-    endpoint: Endpoint
-    native: Native | None
+    is_native: bool
+    credential: str
+    is_fallback: bool
 
 
 class _Page(_Handling):
@@ -533,15 +611,24 @@ class _Page(_Handling):
         proxy = self._proxy
         body, model = await self._named_model(path)
         settings = proxy.models.providers[model.provider_id]
-        provider, endpoint = proxy.providers[settings.id], self._endpoint(settings)
+        provider, pool = proxy.providers[settings.id], proxy.pools[settings.id]
+        given = self._admit(settings)
+        member = pool.pick(self._loop.time())
+        assert member is not None  # nobody was tried yet
+        endpoint = member.endpoint
+        self._outcome.endpoint = member.name
+        if given:
+            endpoint = structs.replace(endpoint, access_token=given, headers={})
         if body is None:
             self._continue()
         query = self._request.rel_url.raw_query_string
         queries = (query, token_query(endpoint))
         whole_query = "&".join(part for part in queries if part)
         url = f"{provider.root(endpoint).rstrip('/')}{path}"
+        fault: ProxyError | None = None
+        is_complete = False
         try:
-            return await forward(
+            response = await forward(
                 self._request,
                 proxy.upstream,
                 f"{url}?{whole_query}" if whole_query else url,
@@ -551,14 +638,19 @@ class _Page(_Handling):
                 self._outcome,
                 body=body,
                 without=(proxy.settings.auth_header.lower(),),
-                deadline_s=self._started_s + self._timeout_s("chat"),
+                deadline_s=self._started_s + self._timeout_s(settings.timeouts.chat_s),
                 is_optional=self._path in routes.FORWARDED,
                 clients_credential=settings.client_credentials,
             )
-        except UpstreamUnreachable as error:
-            if path == "/health":
+            is_complete = True
+            return response
+        except UpstreamFault as error:
+            fault = error
+            if path == "/health" and isinstance(error, UpstreamUnreachable):
                 error.status = 503
             raise
+        finally:
+            pool.finished(member, fault, self._loop.time(), is_complete)
 
     async def _named_model(self, path: str) -> tuple[bytes | None, Model]:
         models = self._proxy.models
@@ -584,7 +676,7 @@ class _Page(_Handling):
         found: list[pages.Listed] = []
         for settings in self._proxy.models.providers.values():
             provider = self._proxy.providers[settings.id]
-            endpoint = random.choice(settings.endpoints)
+            endpoint = settings.endpoints[0]
             url = f"{provider.root(endpoint).rstrip('/')}/v1/models"
             with contextlib.suppress(UpstreamFault, TimeoutError):
                 async with asyncio.timeout(_LIST_S):

@@ -13,7 +13,6 @@ from hypothesis import given, strategies as st
 from proxy.config import (
     Limits,
     Settings,
-    Timeouts,
     describe,
     for_upstream,
     load,
@@ -21,6 +20,7 @@ from proxy.config import (
     secrets,
 )
 from proxy.errors import ConfigError
+from proxy.modelconfig.resolved import Timeouts
 
 BLESSED = (Path(__file__).parent / "data/blessed.jsonc").read_text()
 
@@ -278,7 +278,7 @@ def test_load_says_every_problem_of_shape_at_once():
         "listen: expected a string or a list, got an integer; put it in quotes",
         'auth: expected "none"',
         'aliases["…"]: expected a string, got nothing',
-        f'models["{REF}"].strict: unknown key; known: strictTemplate',
+        f'models["{REF}"].strict: unknown key; known: strictTemplate, fallback',
         "fallback: expected true or false, got a string",
         "clientVersionCheck: expected true or false, got an integer",
     ]

@@ -81,6 +81,9 @@ class VendorWriter:
     def frames(self, deltas: list[Delta]) -> bytes:
         return f"{self._dialect} {len(deltas)}".encode()
 
+    def keep_alive(self):
+        return b": vendor\n\n"
+
     def end(self) -> bytes:
         return b"end"
 

@@ -11,7 +11,7 @@ FLOORS = [
     {"dialects", "providers", "modelconfig"},
     {
         *("exchange", "passthrough", "outcome", "log"),
-        *("auth", "config", "routes", "pages"),
+        *("auth", "config", "pool", "routes", "pages"),
     },
     {"upstream", "response", "relay", "forward", "server", "simulator", "probe"},
     {"__main__"},

@@ -34,6 +34,9 @@ class Collecting:
     def end(self):
         return b"end"
 
+    def keep_alive(self):
+        raise AssertionError("nobody waits here")
+
     def body(self, deltas):
         raise AssertionError("these are streams")
 

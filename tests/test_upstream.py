@@ -60,7 +60,7 @@ async def serving(handler) -> AsyncIterator[str]:
 
 @pytest.fixture
 async def client() -> AsyncIterator[Upstream]:
-    upstream = Upstream(connect_s=2.0)
+    upstream = Upstream()
     yield upstream
     await upstream.close()
 
@@ -160,7 +160,7 @@ def test_any_framing_in_any_cut(name, cuts):
     async def check() -> None:
         edges = [0, *sorted({c for c in cuts if c < len(FRAMED[name])}), None]
         parts = [FRAMED[name][a:b] for a, b in itertools.pairwise(edges)]
-        client = Upstream(2.0)
+        client = Upstream()
         async with ScriptedUpstream() as upstream:
             upstream.script([*parts, Close()])
             assert await fetch(client, upstream.url) == (200, b"hello")
@@ -374,7 +374,7 @@ async def test_name_that_is_none(client):
 
 
 async def test_connect_timeout(upstream):
-    client = Upstream(connect_s=0.05)
+    client = Upstream()
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
@@ -529,7 +529,7 @@ async def test_body_that_is_not_as_long_as_its_head_says(client, given):
 
 async def test_idle_connections_are_closed_in_time(upstream, monkeypatch):
     monkeypatch.setattr("proxy.upstream.client.IDLE_S", 0.05)
-    client = Upstream(2.0)
+    client = Upstream()
     upstream.script([Pause(0.02), json_reply({})])
     await asyncio.gather(*(fetch(client, upstream.url) for _ in range(10)))
     assert upstream.open == 10

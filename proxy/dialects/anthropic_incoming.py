@@ -523,6 +523,9 @@ class _Writer:
         self._reason = _END
         self._usage = Usage(0, 0)
 
+    def keep_alive(self) -> bytes:
+        return _event("ping", '{"type":"ping"}').encode("ascii")
+
     def error(self, error: ProxyError) -> bytes:
         type = _type_of(_status_of(error))
         if isinstance(error, UpstreamReported) and error.type in _KNOWN_TYPES:

@@ -25,6 +25,8 @@ from proxy.sse import Event
 
 JSON = "application/json"
 EVENT_STREAM = "text/event-stream"
+# For clients whose parsers leave comments out.
+COMMENT = b": keep-alive\n\n"
 
 SNIPPET_CHARS = 200
 RETRY_AFTER_S = 5
@@ -134,6 +136,10 @@ class Writer(Protocol):
     def error(self, error: ProxyError) -> bytes: ...
     def body(self, deltas: list[Delta]) -> bytes: ...
     def error_reply(self, error: ProxyError) -> Reply: ...
+
+    def keep_alive(self) -> bytes:
+        """A frame that says nothing, between two others or before the first one."""
+        ...
 
 
 class Incoming(Protocol):

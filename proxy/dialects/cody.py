@@ -478,6 +478,9 @@ class CumulativeWriter(_Writer):
                 out.append(self._frame(_quote(delta.reason)))
         return "".join(out).encode("ascii")
 
+    def keep_alive(self) -> bytes:
+        return self._frame('""').encode("ascii")
+
     def _frame(self, reason: str) -> str:
         return (
             f'event: completion\ndata: {{"completion":"{self._quoted}",'
@@ -503,6 +506,10 @@ class DeltaWriter(_Writer):
             if fields:
                 out.append(f"event: completion\ndata: {{{fields}}}\n\n")
         return "".join(out).encode("ascii")
+
+    def keep_alive(self) -> bytes:
+        # Its clients' parser stops at a comment for good.
+        return f'{_DELTA}""}}\n\n'.encode("ascii")
 
     def _fields(self, delta: Delta) -> str:
         """Everything but text; "" for what the client's version does not know."""

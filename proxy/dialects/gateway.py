@@ -139,6 +139,10 @@ class GatewayWriter:
     def end(self) -> bytes:
         return self._inner.end()
 
+    def keep_alive(self) -> bytes:
+        # The decoders of its clients know pings, but no comments.
+        return self._inner.keep_alive() if self._provider == "anthropic" else b""
+
     def error(self, error: ProxyError) -> bytes:
         return self._inner.error(error)
 

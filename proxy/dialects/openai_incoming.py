@@ -38,6 +38,7 @@ from proxy.completion import (
     Usage,
 )
 from proxy.dialects.base import (
+    COMMENT,
     JSON,
     Chosen,
     Head,
@@ -637,6 +638,9 @@ class _Writer:
             else:
                 self._say(delta, out)
         return "".join(out).encode("ascii")
+
+    def keep_alive(self) -> bytes:
+        return COMMENT
 
     def end(self) -> bytes:
         out: list[str] = []

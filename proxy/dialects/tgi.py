@@ -26,6 +26,7 @@ from proxy.completion import (
     Usage,
 )
 from proxy.dialects.base import (
+    COMMENT,
     EVENT_STREAM,
     JSON,
     RETRY_AFTER_S,
@@ -307,6 +308,9 @@ class GenerateWriter:
             self._finish = delta.reason
         elif isinstance(delta, Usage):
             self._usage = delta
+
+    def keep_alive(self) -> bytes:
+        return COMMENT  # TGI sends empty ones itself
 
     def end(self) -> bytes:
         """The whole text goes with a last token, and here nobody knew which piece of

@@ -90,6 +90,8 @@ def _expected(shape: inspect.Type) -> str:
             return " or ".join(dict.fromkeys(names))
         case inspect.IntType(gt=bound):
             return "an integer" if bound is None else f"an integer above {bound}"
+        case inspect.FloatType(ge=least) if least is not None:
+            return f"a number of at least {least}"
         case inspect.FloatType(gt=bound):
             return "a number" if bound is None else f"a number above {bound}"
         case inspect.BoolType():
@@ -227,7 +229,8 @@ class _Walk:
             return data
         if whole and data != int(data):
             return self.mismatch(data, shape, path)
-        if shape.gt is not None and data <= shape.gt:
+        below = shape.gt is not None and data <= shape.gt
+        if below or (shape.ge is not None and data < shape.ge):
             self.problems.append(f"{path}: expected {_expected(shape)}")
         # JSON knows no difference between 4000 and 4000.0.
         return int(data) if whole else data

@@ -5,10 +5,12 @@ Built once at start by ``modelconfig.resolve`` and never changed afterwards.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Annotated, Literal, TypeAlias
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import msgspec
+from msgspec import field
 
 from proxy.completion import Feature
 from proxy.errors import UnknownModel
@@ -17,6 +19,12 @@ from proxy.errors import UnknownModel
 _URL = re.compile(
     r"^([a-z][a-z0-9+.-]*://)(?:[^/?#]*@)?([^/?#]*)([^?#]*)", re.IGNORECASE
 )
+
+
+@lru_cache(maxsize=1024)
+def _host_of(url: str) -> str:
+    match = _URL.match(url)
+    return match[2] if match else url
 
 
 class Endpoint(msgspec.Struct, frozen=True):
@@ -34,8 +42,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     @property
     def name(self) -> str:
         """Host and port: what logs and metrics call the endpoint."""
-        match = _URL.match(self.url)
-        return match[2] if match else self.url
+        return _host_of(self.url)
 
     @property
     def public_url(self) -> str:
@@ -65,10 +72,29 @@ class Endpoint(msgspec.Struct, frozen=True):
         ]
 
 
+Seconds: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How long an upstream may take, in seconds.
+
+    ``headers`` and ``firstToken`` count from the beginning of a request and are for
+    streams only, ``betweenTokens`` from each piece of the answer to the next. ``chat``
+    and ``code`` are for all of a request, whatever is tried within it.
+    """
+
+    connect_s: Seconds = field(name="connect", default=10.0)
+    chat_s: Seconds = field(name="chat", default=480.0)
+    code_s: Seconds = field(name="code", default=60.0)
+    headers_s: Seconds | None = field(name="headers", default=None)
+    first_token_s: Seconds | None = field(name="firstToken", default=None)
+    between_tokens_s: Seconds = field(name="betweenTokens", default=120.0)
+
+
 class Provider(msgspec.Struct, frozen=True):
     """One entry of ``providerOverrides``; ``type`` is its ``serverSideConfig.type``.
 
-    ``profile``, ``adjust`` and ``client_credentials`` are own settings, see the README.
+    What stands after ``api_version`` are own settings, see the README.
     The three fields before them are for ``azureOpenAI``. The URL of an endpoint is as
     configured; it is "" where the type has a default that its provider code knows.
     """
@@ -85,6 +111,9 @@ class Provider(msgspec.Struct, frozen=True):
     profile: str = ""
     adjust: bool = True
     client_credentials: bool = False
+    balance: Literal["least-outstanding", "round-robin", "random"] = "least-outstanding"
+    weights: tuple[int, ...] = ()
+    timeouts: Timeouts = Timeouts()
 
     @property
     def server_profile(self) -> str:
@@ -112,7 +141,8 @@ class Model(msgspec.Struct, frozen=True):
     ``serverSideConfig.apiModel``) says otherwise. ``stop`` and ``end_of_text`` come
     from ``clientSideConfig``; ``client_config`` is its ``openAICompatible`` object
     under the names clients know, or None. ``model_cost`` is for clients too.
-    ``strict_template`` is described in the README.
+    ``strict_template`` and ``fallback``, the ref of another model, are described in the
+    README.
     """
 
     provider_id: str
@@ -132,6 +162,7 @@ class Model(msgspec.Struct, frozen=True):
     client_config: dict[str, object] | None = None
     reasoning_effort: str | None = None
     model_cost: dict[str, object] | None = None
+    fallback: str = ""
 
     @property
     def ref(self) -> str:

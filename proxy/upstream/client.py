@@ -19,6 +19,7 @@ import aiohappyeyeballs
 import yarl
 
 from proxy.errors import (
+    ConnectTimeout,
     ProxyError,
     UpstreamFault,
     UpstreamGarbled,
@@ -31,6 +32,7 @@ Body: TypeAlias = bytes | AsyncIterator[bytes] | None
 
 # How long a connection may lie idle, if the server names no shorter time; and how much
 # shorter than that it is taken for: a request is on its way for a while, too.
+CONNECT_S = 10.0
 IDLE_S = 30.0
 IDLE_MARGIN_S = 1.0
 # Between the attempts for the addresses of one name (RFC 8305, section 8).
@@ -236,8 +238,7 @@ def _unpacker(encoding: str) -> _Unpacker | None:
 class Upstream:
     """All connections to upstreams, kept alive between calls."""
 
-    def __init__(self, connect_s: float) -> None:
-        self._connect_s = connect_s
+    def __init__(self) -> None:
         self._idle: dict[tuple[str, str, int], list[Connection]] = {}
         self._tls: ssl.SSLContext | None = None
         # Asked for once: CPython 3.11 makes a system call for each answer.
@@ -262,16 +263,20 @@ class Upstream:
         *,
         method: str = "POST",
         unpack: bool = True,
+        connect_s: float = CONNECT_S,
     ) -> "UpstreamCall":
         """Send a request, in an ``async with``; it gives the reply once its head is in.
 
         Leaving the context before the end of the reply closes the connection.
 
         Args:   endpoint: what error messages call it; a URL may hold secrets.
+                connect_s: how long a new connection may take.
                 unpack: undo a content encoding of the reply.
         Raises: UpstreamUnreachable: no connection, or none that lasted so far.
         """
-        return UpstreamCall(self, _target(url), headers, body, endpoint, method, unpack)
+        return UpstreamCall(
+            self, _target(url), headers, body, endpoint, method, unpack, connect_s
+        )
 
     async def get(self, url: str, headers: Mapping[str, str], endpoint: str) -> bytes:
         """Return the body of a reply of status 200, b"" for any other.
@@ -328,10 +333,10 @@ class Upstream:
         if self._idle:
             self._sweeper = self._loop.call_later(IDLE_S, self._sweep)
 
-    async def connect(self, target: _Target) -> Connection:
+    async def connect(self, target: _Target, connect_s: float) -> Connection:
         """Raises: OSError, TimeoutError, UnicodeError: of a name that is none."""
         loop = self._loop
-        async with asyncio.timeout(self._connect_s):
+        async with asyncio.timeout(connect_s):
             addresses = await _resolve(target)
             raw = await aiohappyeyeballs.start_connection(
                 addresses,
@@ -388,6 +393,7 @@ class UpstreamCall:
         endpoint: str,
         method: str,
         unpack: bool,
+        connect_s: float,
     ) -> None:
         self._upstream = upstream
         self._target = target
@@ -396,6 +402,7 @@ class UpstreamCall:
         self._endpoint = endpoint
         self._method = method
         self._unpack = unpack
+        self._connect_s = connect_s
         self._connection: Connection | None = None
 
     async def __aenter__(self) -> UpstreamReply:
@@ -418,7 +425,7 @@ class UpstreamCall:
                     if connection.has_received or self._is_streamed:
                         raise self._unreachable(error) from error
                 self.drop()
-            connection = await self._upstream.connect(self._target)
+            connection = await self._upstream.connect(self._target, self._connect_s)
             self._connection = connection
             self._send(connection)
             while not connection.is_head_in:
@@ -488,7 +495,10 @@ class UpstreamCall:
         return head + b"\r\n"
 
     def _unreachable(self, error: Exception) -> ProxyError:
-        return UpstreamUnreachable(f"upstream {self._endpoint}: {_reason(error)}")
+        kind = (
+            ConnectTimeout if isinstance(error, TimeoutError) else UpstreamUnreachable
+        )
+        return kind(f"upstream {self._endpoint}: {_reason(error)}")
 
 
 # The same for one request after the other.

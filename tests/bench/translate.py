@@ -125,7 +125,7 @@ async def _exchange(upstream_url: str) -> float:
         "modelConfiguration": model_configuration(upstream_url),
     }
     settings = config.load(yaml.safe_dump(file), environ={}, directory=Path())
-    redact, upstream = Redactor(), Upstream(5)
+    redact, upstream = Redactor(), Upstream()
     log = ExchangeLog(io.StringIO(), redact)
     listener = Listener(Proxy(settings, upstream, log, redact))
     (address,) = await listener.start()

@@ -93,7 +93,7 @@ async def running(
     """Run the proxy as ``serve`` does, minus the command line."""
     log = io.StringIO()
     redact = Redactor(config.secrets(settings))
-    upstream = Upstream(settings.timeouts.connect_s)
+    upstream = Upstream()
     proxy = Proxy(settings, upstream, ExchangeLog(log, redact), redact)
     listener = Listener(proxy, grace_s=grace_s)
     try:
