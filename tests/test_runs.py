@@ -4,10 +4,11 @@ import itertools
 import json
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 from proxy.completion import Start, Text
 from proxy.dialects.anthropic import MessagesReader
+from proxy.dialects.base import quote_each
 from proxy.dialects.openai import OpenAIReader
 from proxy.dialects.runs import Runs
 from proxy.errors import UpstreamFault
@@ -208,3 +209,11 @@ def test_events_that_are_never_alike_are_given_up():
         if runs.is_learning:
             runs.learn(Parser().feed(event)[0], "word", event)
     assert not runs.is_learning
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=())), min_size=1))
+@example([",", "b"])
+@example(["a", ",", "b", '"', '","', "\n", "\\", "]"])
+def test_quote_each_is_what_quoting_one_by_one_gives(texts):
+    written = quote_each(texts, '{"text":', "}\n\n")
+    assert written == "".join(f'{{"text":{json.dumps(text)}}}\n\n' for text in texts)

@@ -195,12 +195,11 @@ def texts_of(deltas: list[Delta]) -> list[str] | None:
 def quote_each(texts: list[str], before: str, after: str) -> str:
     """Return each text as a JSON string between ``before`` and ``after``.
 
-    All at once: within a JSON string no quote stands without a backslash before it, so
-    that what is between two of them is found in nothing else.
+    All at once: no line ends within a JSON string, so what is between two of them is
+    found in nothing else. (Not so of quotes and a comma: the text may be a comma.)
     """
-    strings = json.dumps(texts, separators=(",", ":"))[1:-1]
-    between = f'"{after}{before}"'
-    return before + strings.replace('","', between) + after
+    strings = json.dumps(texts, separators=("\n", ":"))[1:-1]
+    return before + strings.replace("\n", after + before) + after
 
 
 _ONLY_TEXT = {Text}
