@@ -19,8 +19,8 @@ def single(value: float) -> float:
     """
     try:
         return float(struct.unpack("f", struct.pack("f", value))[0])
-    except OverflowError:
-        return math.inf
+    except (OverflowError, struct.error):  # the latter: an integer beyond any float
+        return math.inf if value > 0 else -math.inf
 
 
 class TextPart(msgspec.Struct, frozen=True, gc=False):

@@ -279,6 +279,8 @@ def test_error_in_a_body_of_status_200():
     [
         ("tgi", '{"top_p":1}', "{}", ["request.top_p"]),
         ("tgi", '{"top_p":0.0}', "{}", ["request.top_p"]),
+        ("tgi", '{"top_p":1%s}' % ("0" * 400), "{}", ["request.top_p"]),
+        ("tgi", '{"top_p":-1%s}' % ("0" * 400), "{}", ["request.top_p"]),
         ("tgi", '{"top_p":0.90}', '{"top_p":0.90}', []),
         ("tgi", '{"presence_penalty":0}', "{}", ["request.presence_penalty"]),
         ("tgi", '{"presence_penalty":0.5}', "{}", ["request.presence_penalty"]),

@@ -4,7 +4,7 @@ import contextlib
 import json
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 from proxy.completion import (
     Delta,
@@ -155,6 +155,17 @@ def test_openai_usage_is_kept_for_the_end():
         Finish("stop"),
     ]
     assert reader.usage == Usage(3, 5, 1)
+
+
+@pytest.mark.parametrize(
+    "count", ['"nan"', '"inf"', "NaN", "1e400", "1e30", "-1", '"\\ud800"', "[]", '"x"']
+)
+def test_openai_usage_that_is_no_number_is_left_out(count):
+    reader = OpenAIReader()
+    data = '{"choices": [{"delta": {"content": "a"}}], "usage": {"prompt_tokens": %s}}'
+    deltas = read(reader, Event("message", data % count, ""))
+    assert Text("a") in deltas
+    assert reader.usage is None
 
 
 def test_openai_zero_usage_is_none():
@@ -408,6 +419,12 @@ json_values = st.recursive(
     st.sampled_from(["message", "error", "content_block_delta"]),
     st.one_of(st.text(max_size=40), json_values.map(json.dumps)),
 )
+@example(OpenAIReader, "message", '{"choices": "\\ud800"}')
+@example(
+    OpenAIReader, "message", '{"choices": [], "usage": {"total_tokens": "\\ud800"}}'
+)
+@example(MessagesReader, "message", '{"type": "\\ud800", "usage": "\\ud800"}')
+@example(GeminiReader, "message", '{"candidates": "\\ud800"}')
 def test_anything_read_raises_only_documented_errors(kind, name, data):
     with contextlib.suppress(UpstreamFault):
         read(kind(), Event(name, data, ""))

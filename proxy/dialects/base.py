@@ -221,7 +221,8 @@ def decode_typed(
         pass
     try:
         return msgspec.convert(decode_lenient(data), kind)
-    except msgspec.ValidationError:
+    except (msgspec.ValidationError, UnicodeError):
+        # The second: half a pair where no text belongs, which msgspec wants to quote.
         return None
 
 

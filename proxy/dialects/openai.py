@@ -11,7 +11,7 @@ Sources: https://platform.openai.com/docs/api-reference/chat and TGI's router
 import json
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
@@ -255,13 +255,17 @@ class _Choice(msgspec.Struct, gc=False):
     finish_reason: str | None = None
 
 
+# Some servers count in floats. NaN and what no counter holds are no counts.
+_Count: TypeAlias = Annotated[float, msgspec.Meta(ge=0, lt=2**63)]
+
+
 class _PromptDetails(msgspec.Struct, gc=False):
     cached_tokens: int | None = None
 
 
 class _Usage(msgspec.Struct, gc=False):
-    prompt_tokens: float | None = None
-    completion_tokens: float | None = None
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
     prompt_tokens_details: _PromptDetails | None = None
 
 
@@ -423,7 +427,7 @@ class OpenAIReader(Reader):
     def _read_usage(self, value: object) -> None:
         try:
             usage = msgspec.convert(value, _Usage, strict=False)
-        except msgspec.ValidationError:
+        except (msgspec.ValidationError, UnicodeError):
             return
         self._keep_usage(usage)
 
