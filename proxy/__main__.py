@@ -40,6 +40,19 @@ there is something to try at once:
 Client tokens come from the configuration or from COMPLETIONS_PROXY_TOKENS (separated
 by commas). Without any, only loopback addresses are listened on."""
 
+_SIMULATE = f"""\
+A server that answers like Hugging Face TGI, without a model; asked to, with faults:
+
+  completions-proxy simulate --fault cut=rst,after=3      for every answer, or by request
+  curl -H 'x-simulator-faults: cut=rst, after=3' …        by a header
+  {{"model": "tgi+cut=rst+after=3", …}}                     by the name of the model
+
+Faults (a value in brackets may be left out):
+
+{simulator.describe().replace("%", "%%")}
+
+A reply in one piece counts as two events, its halves."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit status."""
@@ -90,7 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(command=_check)
 
     simulate = commands.add_parser(
-        "simulate", help="run only the simulator of a TGI server"
+        "simulate",
+        help="run only the simulator of a TGI server",
+        description=_SIMULATE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     simulate.add_argument("--host", default="127.0.0.1")
     simulate.add_argument("--port", type=int, default=3000)
@@ -108,8 +124,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long the first token takes (default: 0.1)",
     )
+    simulate.add_argument(
+        "--fault",
+        type=_faults,
+        metavar="FAULTS",
+        help="what goes wrong with every answer, see above",
+    )
     simulate.set_defaults(command=_simulate)
     return parser
+
+
+def _faults(text: str) -> simulator.Faults:
+    try:
+        return simulator.parse(text)
+    except simulator.FaultError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _say(text: str) -> None:
@@ -147,7 +176,9 @@ def _simulate(options: argparse.Namespace) -> int:
 
 async def _simulate_until_stopped(options: argparse.Namespace) -> int:
     settings = simulator.Settings(
-        tokens_per_s=options.tokens_per_second, first_token_s=options.first_token
+        tokens_per_s=options.tokens_per_second,
+        first_token_s=options.first_token,
+        faults=options.fault,
     )
     running = await simulator.start(settings, options.host, options.port)
     _say(f"A simulated TGI server answers at {running.url}")

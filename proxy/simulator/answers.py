@@ -97,6 +97,11 @@ def answer(call: Call, situation: Situation) -> Reply:
     return handler(call, situation)
 
 
+def generates(call: Call) -> bool:
+    """Whether a call asks for text."""
+    return call.method == "POST" and call.path in _GENERATING
+
+
 def _authorized(call: Call, settings: Settings) -> bool:
     if settings.api_key is None:
         return True
@@ -419,6 +424,12 @@ Handler: TypeAlias = Callable[[Call, Situation], Reply]
 
 _GUARDED: frozenset[Handler] = frozenset(
     (_generate, _generate_stream, _compat, _completions, _chat, _tokenize)
+)
+_GENERATING = frozenset(
+    (
+        *("/", "/generate", "/generate_stream", "/invocations"),
+        *("/v1/chat/completions", "/v1/completions"),
+    )
 )
 _ROUTES: dict[str, dict[str, Handler]] = {
     "/": {"GET": _health, "POST": _compat},

@@ -55,7 +55,9 @@ def prepare(request: ChatRequest, settings: Settings) -> Chat | Refusal:
 
 
 def adapter_of(model: str | None, settings: Settings) -> str | None:
-    return None if model in (None, "tgi", settings.model) else model
+    if model is None or "+" in model:  # behind the plus sign stand faults
+        return None
+    return None if model in ("tgi", settings.model) else model
 
 
 def _parameters(request: ChatRequest) -> Parameters:

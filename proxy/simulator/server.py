@@ -5,8 +5,11 @@ Everything that decides what to say is in ``answers``.
 
 import asyncio
 import contextlib
+import socket
+import struct
 import time
 from collections.abc import Iterator
+from typing import Literal, NoReturn
 
 from aiohttp import StreamReader, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
@@ -20,13 +23,18 @@ from proxy.simulator.answers import (
     Stream,
     Whole,
     answer,
+    generates,
     refuse,
 )
 from proxy.simulator.events import KEEP_ALIVE, Step
+from proxy.simulator.faults import FaultError, Faults, Schedule, asked
+from proxy.simulator.requests import Refusal
+from proxy.simulator.script import Action, Cut, End, Head, Sleep, Tokens, script
 from proxy.simulator.settings import Settings
 
 # Nobody waits for simulated answers. To aiohttp, 0 would mean: wait for ever.
 SHUTDOWN_S = 0.001
+RESET_DELAY_S = 0.01
 
 
 class Running:
@@ -36,6 +44,9 @@ class Running:
         self.settings = settings
         self.url = ""
         self.busy = 0
+        self._schedule = Schedule()
+        # The connections whose next request will be the last.
+        self._liars: set[asyncio.Transport] = set()
         self._runner = web.ServerRunner(
             web.Server(
                 self._handle,
@@ -81,18 +92,38 @@ class Running:
             body = await request.read()
         except web.HTTPRequestEntityTooLarge:
             return _respond(refuse(TOO_LARGE))
+        if self._liars and request.transport in self._liars:
+            self._liars.discard(request.transport)
+            await _cut(request, "fin")
         headers = {name.lower(): value for name, value in request.headers.items()}
-        free = self.settings.max_concurrent_requests - self.busy
-        reply = answer(
-            Call(method=request.method, path=request.path, headers=headers, body=body),
-            Situation(self.settings, time.time(), free),
+        call = Call(
+            method=request.method, path=request.path, headers=headers, body=body
         )
+        try:
+            faults = self._faults(call)
+        except FaultError as error:
+            return _respond(refuse(Refusal(str(error), "faults", 400)))
+        free = self.settings.max_concurrent_requests - self.busy
+        reply = answer(call, Situation(self.settings, time.time(), free))
         with self._occupied(reply.jobs):
+            if faults is not None:
+                response = await self._play(request, script(reply, faults))
+                await self._lie(request, faults)
+                return response
             if isinstance(reply, Stream):
                 return await self._stream(request, reply)
             if reply.steps:
                 await _Pace(self.settings).until(reply.steps)
             return _respond(reply)
+
+    def _faults(self, call: Call) -> Faults | None:
+        """Return what goes wrong with the reply to a call. Raises: FaultError."""
+        faults = asked(call.headers, call.body)
+        if faults is None:
+            faults = self.settings.faults
+            if faults is None or not (faults.everywhere or generates(call)):
+                return None
+        return faults if self._schedule.applies(faults, time.monotonic()) else None
 
     @contextlib.contextmanager
     def _occupied(self, jobs: int) -> Iterator[None]:
@@ -122,6 +153,64 @@ class Running:
                 while not await pace.until(steps, self.settings.keep_alive_s):
                     await response.write(KEEP_ALIVE)
             await response.write(event)
+
+    # --- with faults
+
+    async def _play(
+        self, request: web.BaseRequest, actions: Iterator[Action]
+    ) -> web.StreamResponse:
+        response, pace, steps = web.StreamResponse(), _Pace(self.settings), 0
+        with contextlib.suppress(ConnectionResetError):
+            for action in actions:
+                match action:
+                    case bytes():
+                        await response.write(action)
+                    case Head():
+                        response = await _send_head(request, action)
+                    case Tokens(count) if count:
+                        steps += count
+                        await pace.until(steps)
+                    case Sleep(seconds) if seconds:
+                        await asyncio.sleep(seconds)
+                    case Cut(how):
+                        await _cut(request, how)
+                    case End():
+                        await response.write_eof()
+        return response
+
+    async def _lie(self, request: web.BaseRequest, faults: Faults) -> None:
+        transport = request.transport
+        if transport is None:
+            return
+        if faults.keep_alive_lie == "idle":
+            transport.close()
+        elif faults.keep_alive_lie == "next":
+            self._liars = {each for each in self._liars if not each.is_closing()}
+            self._liars.add(transport)
+
+
+async def _send_head(request: web.BaseRequest, head: Head) -> web.StreamResponse:
+    response = web.StreamResponse(status=head.status, headers=head.headers)
+    response.content_length = head.length
+    await response.prepare(request)
+    # Without this they would wait for the first byte of the body.
+    await response.write(b"")
+    return response
+
+
+async def _cut(request: web.BaseRequest, how: Literal["fin", "rst"]) -> NoReturn:
+    """End the connection; its end then ends this task."""
+    transport = request.transport
+    if transport is not None and how == "fin":
+        transport.close()
+    elif transport is not None:
+        # A reset overtakes what was written just before it.
+        await asyncio.sleep(RESET_DELAY_S)
+        raw = transport.get_extra_info("socket")
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        transport.abort()
+    await asyncio.Event().wait()
+    raise AssertionError("nobody sets it")
 
 
 class _Pace:

@@ -1,8 +1,10 @@
-"""What the simulated server can be told. Faults, when there are some, belong here too."""
+"""What the simulated server can be told."""
 
 from typing import Literal
 
 import msgspec
+
+from proxy.simulator.faults import Faults
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -12,7 +14,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     every answer that length, for load tests. ``strict_template`` refuses what a
     Mistral-like chat template refuses. ``unknown_adapter`` says what a ``model`` that
     is neither ``tgi`` nor the served one leads to: an error, or (as in TGI 2.3 and
-    later with the default backend) an answer from the base model.
+    later with the default backend) an answer from the base model. ``faults`` happen to
+    every request for a generation that does not ask for others.
     """
 
     model: str = "simulated/tgi"
@@ -23,6 +26,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None = None
     strict_template: bool = False
     unknown_adapter: Literal["error", "base"] = "error"
+    faults: Faults | None = None
     # TGI's own launcher options; only the token limit is larger than its default.
     max_concurrent_requests: int = 128
     max_best_of: int = 2
