@@ -48,8 +48,10 @@ cov: $(VENV)/.dev ## tests with branch coverage
 	$(BIN)/python -m coverage run -m pytest
 	$(BIN)/python -m coverage report
 
-fuzz: $(VENV)/.dev ## the property tests with 10,000 examples each
+fuzz: $(VENV)/.dev ## the property tests with 10,000 examples each, then atheris for FUZZ_SECONDS per target
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -m hypothesis --timeout 0
+	$(PIP) --editable '.[fuzz]' || echo 'atheris cannot be installed here'
+	$(BIN)/python -m tests.fuzz $(TARGETS)
 
 bench: $(VENV)/.dev ## microbenchmarks, µs per event
 	$(BIN)/python -m tests.bench
@@ -62,4 +64,4 @@ e2e: $(VENV)/.dev ## against a real llama.cpp server, where one is found
 
 clean: ## remove what the other targets made
 	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz .coverage
