@@ -36,7 +36,7 @@ from proxy.sse import Event, Parser, frame
 from tests.support import recording
 
 DATA = Path(__file__).parent.parent / "data"
-LIMIT_BYTES = 4096
+LIMITS_BYTES = (64, 300, 4096)
 
 
 class Target(NamedTuple):
@@ -69,7 +69,8 @@ def _read(parser: Parser, *reads: bytes) -> tuple[list[Event], bool]:
 
 
 def sse(data: bytes) -> None:
-    whole, cut, single = (Parser(LIMIT_BYTES) for _ in range(3))
+    limit = LIMITS_BYTES[zlib.crc32(data) % len(LIMITS_BYTES)]
+    whole, cut, single = (Parser(limit) for _ in range(3))
     events, too_large = _read(whole, data)
     by_cuts, cut_too_large = _read(cut, *_pieces(data))
     by_bytes, single_too_large = _read(single, *(bytes([byte]) for byte in data))
@@ -82,7 +83,7 @@ def sse(data: bytes) -> None:
         assert events == by_cuts == by_bytes
         ends = [(p.last_event_id, p.retry_ms, p.ignored) for p in (whole, cut, single)]
         assert ends[0] == ends[1] == ends[2]
-    assert all(len(event.data) <= LIMIT_BYTES for event in by_bytes)
+    assert all(len(event.data) <= limit for event in by_bytes)
     assert sum(len(event.data) for event in by_bytes) <= len(data)
     written = b"".join(frame(event.type, event.data) for event in by_bytes)
     again = [(event.type, event.data) for event in Parser(len(written)).feed(written)]
@@ -165,28 +166,30 @@ def _call(path: str, head: Head, body: bytes, provider: str) -> None:
     chosen = choose(body) if answering.dialect in ADJUSTED else None
     if chosen is not None:
         sketch = cast(NativeDialect, answering).sketch
-        _say(answering, path, *sketch(head, chosen), body, provider, chosen)
-    parsed = answering.parse(head, body)
-    _say(answering, path, *parsed, body, provider, chosen)
+        completion, writer = sketch(head, chosen)
+        _say(Asked(answering.dialect, path), completion, writer, body, provider, chosen)
+    completion, writer = answering.parse(head, body)
+    _say(Asked(answering.dialect, path), completion, writer, body, provider, None)
 
 
 def _say(
-    answering: Incoming,
-    path: str,
+    asked: Asked,
     completion: CompletionRequest,
     writer: Writer,
     body: bytes,
     provider: str,
     chosen: Chosen | None,
 ) -> None:
+    """Hand the body on if it is ``chosen`` for that and can be, else translate it."""
     SETTINGS.models.choose(completion.feature, completion.model, completion.fast)
     model, speaker, settings = AT_PROVIDERS[provider]
     endpoint = settings.endpoints[0]
-    asked = Asked(answering.dialect, path)
-    native = speaker.native(asked, completion, model, endpoint)
-    if native is None or chosen is None:
+    if chosen is None:
         call = speaker.call(completion, model, endpoint)
     else:
+        native = speaker.native(asked, completion, model, endpoint)
+        if native is None:
+            return  # what was chosen is not enough for a translation
         call = pass_on(
             native,
             asked.dialect,
@@ -196,7 +199,7 @@ def _say(
             profile=settings.server_profile,
             adjust=True,
         )
-    _check_call(call, is_ours=native is None or chosen is None)
+    _check_call(call, is_ours=chosen is None)
     reply = writer.error_reply(UpstreamStatus("OpenAI", 503, "x"))
     assert reply.status >= 400 or b"error" in reply.body
 
@@ -544,7 +547,7 @@ def _told(reads: Iterable[bytes], provider: str, stream: bool, kind: str) -> byt
         writer,
         stream=stream,
         content_type=kind,
-        limit_bytes=LIMIT_BYTES,
+        limit_bytes=LIMITS_BYTES[-1],
     )
     out = b""
     try:
