@@ -17,10 +17,15 @@ from proxy.completion import (
 )
 from proxy.dialects.anthropic import MessagesReader
 from proxy.dialects.base import Reader
-from proxy.dialects.fault import fault_in, fault_in_text
+from proxy.dialects.fault import decode_arguments, fault_in, fault_in_text
 from proxy.dialects.gemini import GeminiReader
 from proxy.dialects.openai import OpenAIReader
-from proxy.errors import UpstreamFault, UpstreamReported, UpstreamTruncated
+from proxy.errors import (
+    InvalidPrompt,
+    UpstreamFault,
+    UpstreamReported,
+    UpstreamTruncated,
+)
 from proxy.sse import Event, Parser
 from tests.support import recording
 
@@ -155,6 +160,13 @@ def test_openai_usage_is_kept_for_the_end():
         Finish("stop"),
     ]
     assert reader.usage == Usage(3, 5, 1)
+
+
+def test_arguments_that_are_nested_too_deeply():
+    assert decode_arguments('{"a": [{"b": "\\ud800"}]}') == {"a": [{"b": "\ufffd"}]}
+    assert decode_arguments("[]") == decode_arguments("{") == {}
+    with pytest.raises(InvalidPrompt, match="nested too deeply"):
+        decode_arguments('{"a":' * 900 + "1" + "}" * 900)
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,11 @@ from proxy.completion import (
     TextPart,
     Thinking,
     ToolCall,
-    ToolCallPart,
     ToolResultPart,
     Usage,
 )
 from proxy.dialects.base import Reader, decode_typed
-from proxy.dialects.fault import decode_lenient, replace_surrogates
+from proxy.dialects.fault import decode_arguments
 from proxy.errors import InvalidPrompt, UpstreamReported
 from proxy.sse import Event
 
@@ -196,7 +195,7 @@ def _block(part: Part) -> dict[str, object]:
         "type": "tool_use",
         "id": part.id,
         "name": part.name,
-        "input": _arguments(part),
+        "input": decode_arguments(part.arguments),
     }
 
 
@@ -205,11 +204,6 @@ def _image_source(url: str) -> dict[str, str]:
         return {"type": "url", "url": url}
     head, _, data = url[len("data:") :].partition(",")
     return {"type": "base64", "media_type": head.partition(";")[0], "data": data}
-
-
-def _arguments(call: ToolCallPart) -> object:
-    value = decode_lenient(call.arguments)
-    return replace_surrogates(value) if isinstance(value, dict) else {}
 
 
 # ---------------------------------------------------------------------------- replies

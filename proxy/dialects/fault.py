@@ -8,7 +8,7 @@ not plainly an answer.
 import json
 from collections.abc import Mapping
 
-from proxy.errors import UpstreamReported
+from proxy.errors import InvalidPrompt, UpstreamReported
 
 # What the words for an overload and for a refused request look like, in the fields
 # "type", "code", "status" and "error_type", lower case.
@@ -81,6 +81,18 @@ def replace_surrogates(value: object) -> object:
             for key, item in value.items()
         }
     return value
+
+
+def decode_arguments(text: str) -> object:
+    """Return the arguments of a client's tool call, an empty object for what is none.
+
+    Raises: InvalidPrompt: they are nested too deeply.
+    """
+    value = decode_lenient(text)
+    try:
+        return replace_surrogates(value) if isinstance(value, dict) else {}
+    except RecursionError:
+        raise InvalidPrompt("tool call arguments are nested too deeply") from None
 
 
 def fault_in(value: object, *, named: bool = False) -> UpstreamReported | None:

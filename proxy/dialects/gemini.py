@@ -24,7 +24,7 @@ from proxy.completion import (
     Usage,
 )
 from proxy.dialects.base import Reader, decode_typed
-from proxy.dialects.fault import decode_lenient, replace_surrogates
+from proxy.dialects.fault import decode_arguments
 from proxy.errors import InvalidPrompt, UpstreamReported
 from proxy.sse import Event
 
@@ -121,8 +121,7 @@ def _part(part: Part, names: dict[str, str]) -> dict[str, object]:
         name = names.get(part.id, part.id)
         response = {"content": part.content}
         return {"functionResponse": {"name": name, "response": response}}
-    arguments = decode_lenient(part.arguments)
-    args = replace_surrogates(arguments) if isinstance(arguments, dict) else {}
+    args = decode_arguments(part.arguments)
     return {"functionCall": {"name": part.name, "args": args}}
 
 
