@@ -56,8 +56,12 @@ fuzz: $(VENV)/.dev ## the property tests with 10,000 examples each, then atheris
 bench: $(VENV)/.dev ## microbenchmarks, µs per event
 	$(BIN)/python -m tests.bench
 
-load: $(VENV)/.dev ## under load by wrk, beside nginx: CPU per request, latency
-	$(BIN)/python -m tests.bench.load
+load: $(VENV)/.dev ## under load by wrk, beside nginx; PEERS=litellm, ARGS='--quick --svg FILE'
+	$(BIN)/python -m tests.bench.load $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+
+build/bench/%: tests/bench/%.c
+	@mkdir -p $(@D)
+	$(CC) -O2 -std=gnu11 -Wall -Wextra -o $@ $<
 
 e2e: $(VENV)/.dev ## against a real llama.cpp server, where one is found
 	$(BIN)/python -m pytest tests/e2e -m e2e
