@@ -21,9 +21,11 @@ from msgspec.structs import replace
 from yaml.reader import ReaderError
 
 from proxy import modelconfig
+from proxy.dialects.cody import MAX_VERSION
 from proxy.errors import ConfigError
 from proxy.modelconfig import jsonc
 from proxy.modelconfig.check import hint, join, read as read_data
+from proxy.modelconfig.completions_block import CompletionsBlock, converted
 from proxy.modelconfig.findings import Findings
 from proxy.modelconfig.provider_overrides import ReadFile, read_secret
 from proxy.modelconfig.refs import made_id
@@ -64,6 +66,34 @@ class KeepAlive(
     before_first_token: bool = False
 
 
+class RepoPattern(
+    msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True
+):
+    """A regular expression (Go's RE2) that matches names of repositories."""
+
+    repo_name_pattern: str
+
+
+class ContextFilters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which repositories Cody's clients may take context from."""
+
+    include: list[RepoPattern] | None = None
+    exclude: list[RepoPattern] | None = None
+
+
+class Instance(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
+    """As what Sourcegraph instance the proxy poses to Cody's clients.
+
+    ``api_version`` is the highest of the completions API that clients are told of;
+    ``hand_token_back``: the sign-in page passes a token on to the editor that asks.
+    """
+
+    site_version: str = "6.2.0"
+    api_version: Positive = 8
+    context_filters: ContextFilters | None = None
+    hand_token_back: bool = False
+
+
 class Token(msgspec.Struct, frozen=True):
     """Who may use the proxy. ``name`` is for logs, ``sha256`` of the token's text."""
 
@@ -92,6 +122,7 @@ class Settings(msgspec.Struct, frozen=True):
     passthrough: bool = False
     list_upstream_models: bool = False
     auth_header: str = "Authorization"
+    instance: Instance = Instance()
     warnings: tuple[str, ...] = ()
 
 
@@ -114,6 +145,7 @@ class _Auth(Keys):
 class _Model(Keys):
     strict_template: bool | None = None
     fallback: str = ""
+    lift_preamble: bool = False
 
 
 class _Timeouts(Keys):
@@ -137,7 +169,8 @@ class _Provider(Keys):
 
 
 class _File(Keys):
-    model_configuration: Block
+    model_configuration: Block | None = None
+    completions: CompletionsBlock | None = None
     listen: str | list[str] = DEFAULT_LISTEN
     auth: Literal["none"] | _Auth | None = None
     limits: Limits = Limits()
@@ -150,6 +183,7 @@ class _File(Keys):
     passthrough: bool = False
     list_upstream_models: bool = False
     client_version_check: bool = False
+    instance: Instance = Instance()
     # Belongs to an instance; allowed because it stands beside the block there.
     cody_enabled: bool = field(name="cody.enabled", default=True)
 
@@ -432,6 +466,7 @@ def _settings(
     _check_access(addresses, tokens, file.auth, findings)
     if not file.cody_enabled:
         findings.warn("cody.enabled", "ignored")
+    _check_instance(file.instance, findings)
     models = _models(file, read_file, findings)
     if models is None or findings.problems:
         raise ConfigError(_first_of_each(findings.problems))
@@ -449,6 +484,7 @@ def _settings(
         auth_header=file.auth.header
         if isinstance(file.auth, _Auth)
         else "Authorization",
+        instance=file.instance,
         warnings=(*findings.warnings, *models.warnings),
     )
 
@@ -601,12 +637,41 @@ def _host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+_SITE_VERSION = re.compile(r"\d+\.\d+\.\d+")
+_MAX_SITE_VERSION = 12  # to clients what is longer is a build from the main branch
+
+
+def _check_instance(instance: Instance, findings: Findings) -> None:
+    version = instance.site_version
+    if not _SITE_VERSION.fullmatch(version) or len(version) > _MAX_SITE_VERSION:
+        text = 'expected a version like "6.2.0", of at most 12 characters'
+        findings.problem("instance.siteVersion", text)
+    if instance.api_version > MAX_VERSION:
+        text = f"expected 1 to {MAX_VERSION}: clients use what they are told of"
+        findings.problem("instance.apiVersion", text)
+
+
+def _block(file: _File, findings: Findings) -> tuple[Block, str] | None:
+    """Return the block that says which models there are, and what it is called."""
+    if file.model_configuration is not None:
+        if file.completions is not None:
+            findings.warn("completions", "ignored: there is a modelConfiguration")
+        return file.model_configuration, "modelConfiguration"
+    if file.completions is not None:
+        return converted(file.completions, "completions", findings), "completions"
+    findings.problem("modelConfiguration", "missing; expected a mapping")
+    return None
+
+
 def _models(
     file: _File, read_file: ReadFile, findings: Findings
 ) -> ModelConfiguration | None:
     """Return the block's models, with what the file says about them beside it."""
+    if (given := _block(file, findings)) is None:
+        return None
+    block, path = given
     try:
-        found = modelconfig.resolve(file.model_configuration, read_file=read_file)
+        found = modelconfig.resolve(block, path=path, read_file=read_file)
     except ConfigError as error:
         findings.problems += error.problems
         return None
@@ -681,6 +746,7 @@ def _with_own(model: Model, own: _Model | None) -> Model:
         model,
         strict_template=model.strict_template if strict is None else strict,
         fallback=own.fallback,
+        lift_preamble=own.lift_preamble,
     )
 
 

@@ -109,4 +109,5 @@ ERRORS: tuple[tuple[str, Callable[[], Incoming]], ...] = (
 
 def errors_at(path: str) -> Incoming:
     """Return the dialect in which an error at ``path`` is said."""
+    path = path[max(path.find("/.api/"), 0) :]  # clients may keep a prefix
     return next(make() for start, make in ERRORS if path.startswith(start))

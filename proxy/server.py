@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeAlias, cast
 from urllib.parse import unquote
@@ -52,6 +53,8 @@ from proxy.errors import (
     UpstreamUnreachable,
 )
 from proxy.forward import forward
+from proxy.instance import Instance, Page, Visit
+from proxy.knobs import knobs_of
 from proxy.log import ExchangeLog
 from proxy.modelconfig.resolved import Endpoint, Model, Provider as ProviderSettings
 from proxy.outcome import Outcome
@@ -62,6 +65,7 @@ from proxy.redact import Redactor
 from proxy.relay import LAST_WRITE_S, Relay
 from proxy.response import Response, own_headers
 from proxy.upstream import Upstream
+from proxy.usage import UsageCounter
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +123,9 @@ class Proxy:
         self._targets: dict[str, _Target] = {}
         # Path, streamed or not, model, endpoint: as many as the configuration has.
         self.natives: dict[tuple[str, bool, str, int], Native | None] = {}
+        self.knobs = knobs_of(settings.models)
+        self.usage = UsageCounter(time.time())
+        self.instance = Instance(settings, self.access, self.usage)
 
     def started(self, relay: Relay) -> None:
         """Count a relay among the running ones."""
@@ -161,7 +168,9 @@ class Proxy:
         finally:
             outcome.duration_s = handling.elapsed_s()
             outcome.kind = outcome.kind or "ok"
-            self.log.outcome(outcome)
+            self.usage.count(outcome, time.time())
+            if handling.is_logged or outcome.kind != "ok":
+                self.log.outcome(outcome)
 
     def _target(self, request: web.BaseRequest) -> "_Target":
         """Say what a request's first line asks for; clients ask for few things."""
@@ -203,6 +212,8 @@ class _Target(msgspec.Struct, frozen=True):
 
 class _Handling:
     """One request on its way; lives for as long as it is answered."""
+
+    is_logged = True
 
     def __init__(
         self,
@@ -346,6 +357,12 @@ class _Handling:
         timeouts, outcome = asked.settings.timeouts, self._outcome
         is_chat = asked.completion.feature == "chat"
         timeout_s = self._timeout_s(timeouts.chat_s if is_chat else timeouts.code_s)
+        if self._incoming.dialect == "cody":
+            # A copy: another model may yet be asked, and has other knobs.
+            asked = structs.replace(asked, completion=structs.replace(asked.completion))
+            knobs = self._proxy.knobs[outcome.model]
+            knobs.apply(asked.completion, len(asked.body))
+            timeout_s = knobs.timeout_s(asked.completion, timeout_s)
         tried: list[Member] = []
         member = pool.pick(loop.time())
         while member is not None:
@@ -550,6 +567,8 @@ class _Page(_Handling):
 
     async def run(self) -> AnyResponse:
         try:
+            if (page := self._proxy.instance.page(self._head)) is not None:
+                return await self._visit(page, self._head)
             if not self._is_known():
                 raise UnknownPath(f"nothing is served at {self._path}")
             self._check_token(self._head)
@@ -564,6 +583,19 @@ class _Page(_Handling):
     def _respond(self, reply: Reply) -> Response:
         self._response.reply(reply)
         return self._response
+
+    async def _visit(self, page: Page, head: Head) -> Response:
+        """Answer as a Sourcegraph instance does."""
+        if head.method not in page.methods:
+            allowed = {"Allow": ", ".join(page.methods)}
+            raise MethodNotAllowed("Method Not Allowed", headers=allowed)
+        if page.needs_token:
+            self._check_token(head)
+        body = await self._read_body() if head.method == "POST" else b""
+        visit = Visit(head, self._outcome.user, body)
+        reply = page.answer(visit)
+        self.is_logged = page.is_logged(visit)
+        return self._say(reply)
 
     async def _answer(self, head: Head) -> AnyResponse:
         path, models = self._path, self._proxy.models

@@ -278,7 +278,8 @@ def test_load_says_every_problem_of_shape_at_once():
         "listen: expected a string or a list, got an integer; put it in quotes",
         'auth: expected "none"',
         'aliases["…"]: expected a string, got nothing',
-        f'models["{REF}"].strict: unknown key; known: strictTemplate, fallback',
+        f'models["{REF}"].strict: unknown key; known: strictTemplate, fallback,'
+        " liftPreamble",
         "fallback: expected true or false, got a string",
         "clientVersionCheck: expected true or false, got an integer",
     ]

@@ -12,6 +12,7 @@ FLOORS = [
     {
         *("exchange", "passthrough", "outcome", "log"),
         *("auth", "config", "pool", "routes", "pages"),
+        *("instance", "knobs", "usage"),
     },
     {"upstream", "response", "relay", "forward", "server", "simulator", "probe"},
     {"__main__"},
@@ -24,6 +25,8 @@ NEIGHBOURS = {
     "log": {"outcome"},
     "auth": {"config"},
     "routes": {"config"},
+    "usage": {"outcome"},
+    "instance": {"auth", "config", "usage"},
     "relay": {"upstream", "response"},
     "probe": {"upstream"},
     "forward": {"upstream"},

@@ -465,7 +465,8 @@ async def test_validation_error_of_tgi_is_shown(start: Starter, upstream):
         )
     )
     proxy = await start(model_configuration(upstream.url))
-    assert read_chat(await proxy.chat(), 2).errors == [text]
+    limit = "(the prompt exceeds the model's token limit)"
+    assert read_chat(await proxy.chat(), 2).errors == [f"{text} {limit}"]
 
 
 CUTS = {

@@ -406,6 +406,22 @@ _STREAM_HEADERS = {
 }
 _DONE = b"event: done\ndata: {}\n\n"
 
+# How servers word that a prompt is longer than their context: vLLM and OpenAI, llama.cpp,
+# TGI, Anthropic, Gemini.
+_TOO_LONG = re.compile(
+    r"maximum context length|context_length_exceeded|available context size"
+    r"|`inputs` tokens|`inputs` must have less than|prompt is too long"
+    r"|input token count"
+)
+_TOKEN_LIMIT = "token limit"
+
+
+def _worded(message: str) -> str:
+    """Return an error's text with the words by which clients know what it is about."""
+    if _TOKEN_LIMIT in message or not _TOO_LONG.search(message):
+        return message
+    return f"{message} (the prompt exceeds the model's {_TOKEN_LIMIT})"
+
 
 def plain_error(status: int, text: str, headers: Mapping[str, str]) -> Reply:
     """What Go's ``http.Error`` writes: clients print the text as it is."""
@@ -432,7 +448,7 @@ class _Writer:
 
     def error(self, error: ProxyError) -> bytes:
         # The client hangs without "done", even after an error.
-        data = _quote(error.message)
+        data = _quote(_worded(error.message))
         return f'event: error\ndata: {{"error":{data}}}\n\n'.encode("ascii") + _DONE
 
     def error_reply(self, error: ProxyError) -> Reply:
@@ -443,7 +459,8 @@ class _Writer:
         """
         if self._stream and error.status != 429 and _is_in_stream(error):
             return Reply(200, EVENT_STREAM, self.error(error), dict(_STREAM_HEADERS))
-        return plain_error(_plain_status(error), error.message, error_headers(error))
+        message = _worded(error.message)
+        return plain_error(_plain_status(error), message, error_headers(error))
 
     def body(self, deltas: list[Delta]) -> bytes:
         finish = next((d for d in deltas if isinstance(d, Finish)), Finish(""))

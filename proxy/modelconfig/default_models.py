@@ -31,6 +31,9 @@ _ROLES = {
     ),
 }
 
+# Nothing chooses these here, so none stands in for one that is missing.
+_FOR_CLIENTS = {"fallback_chat": "fallbackChat", "unlimited_chat": "unlimitedChat"}
+
 
 def resolve_defaults(
     given: schema.DefaultModels | None,
@@ -45,6 +48,12 @@ def resolve_defaults(
         name: _ref(getattr(given, name, None) or "", role, models, path, findings)
         for name, role in _ROLES.items()
     }
+    for name, key in _FOR_CLIENTS.items():
+        ref = getattr(given, name, None) or ""
+        if ref and all(model.ref != ref for model in models):
+            findings.warn(f"{path}.{key}", f'unknown chat model "{ref}"; ignored')
+            ref = ""
+        refs[name] = ref
     return DefaultModels(**refs)
 
 

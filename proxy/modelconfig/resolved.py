@@ -141,8 +141,8 @@ class Model(msgspec.Struct, frozen=True):
     ``serverSideConfig.apiModel``) says otherwise. ``stop`` and ``end_of_text`` come
     from ``clientSideConfig``; ``client_config`` is its ``openAICompatible`` object
     under the names clients know, or None. ``model_cost`` is for clients too.
-    ``strict_template`` and ``fallback``, the ref of another model, are described in the
-    README.
+    ``strict_template``, ``lift_preamble`` and ``fallback``, the ref of another model,
+    are described in the README.
     """
 
     provider_id: str
@@ -159,6 +159,7 @@ class Model(msgspec.Struct, frozen=True):
     stop: tuple[str, ...] = ()
     end_of_text: str = ""
     strict_template: bool = False
+    lift_preamble: bool = False
     client_config: dict[str, object] | None = None
     reasoning_effort: str | None = None
     model_cost: dict[str, object] | None = None
@@ -170,11 +171,16 @@ class Model(msgspec.Struct, frozen=True):
 
 
 class DefaultModels(msgspec.Struct, frozen=True):
-    """Model refs; each names a model of the configuration."""
+    """Model refs; each names a model of the configuration.
+
+    The last two are for clients alone; "" where nothing is configured.
+    """
 
     chat: str
     fast_chat: str
     code_completion: str
+    fallback_chat: str = ""
+    unlimited_chat: str = ""
 
 
 _UNSUPPORTED = {

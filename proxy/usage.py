@@ -1,0 +1,83 @@
+"""Who used how much: requests and tokens by user, day and feature, in memory.
+
+A request counts once an upstream took it on; what failed before cost nothing.
+"""
+
+import time
+
+import msgspec
+
+from proxy.dialects.base import JSON, Reply
+from proxy.outcome import Outcome
+
+KEPT_DAYS = 31
+_DAY_S = 86_400
+# As instances and gateways call the features.
+FEATURES = {"chat": "chat_completions", "code": "code_completions"}
+
+
+class Tally(msgspec.Struct, rename="camel"):
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Day(msgspec.Struct):
+    """One day, in UTC."""
+
+    date: str
+    features: dict[str, Tally]
+
+
+class _Usage(msgspec.Struct):
+    user: str
+    since: str
+    days: list[Day]
+
+
+class UsageCounter:
+    """Args: started_s: since when it counts, in seconds of the epoch."""
+
+    def __init__(self, started_s: float) -> None:
+        self._since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started_s))
+        # Day -> user and feature -> what they used.
+        self._days: dict[int, dict[tuple[str, str], Tally]] = {}
+
+    def count(self, outcome: Outcome, now_s: float) -> None:
+        """Add one request, if it was one that an upstream answered."""
+        if not outcome.feature or not 200 <= outcome.upstream_status < 300:
+            return
+        day = int(now_s // _DAY_S)
+        tallies = self._days.get(day)
+        if tallies is None:
+            tallies = self._days[day] = {}
+            self._forget(day - KEPT_DAYS)
+        key = (outcome.user, outcome.feature)
+        tally = tallies.get(key)
+        if tally is None:
+            tally = tallies[key] = Tally()
+        tally.requests += 1
+        tally.prompt_tokens += outcome.prompt_tokens or 0
+        tally.completion_tokens += outcome.completion_tokens or 0
+
+    def of(self, user: str) -> list[Day]:
+        """Return the user's days, the latest first; those without use are left out."""
+        days = []
+        for day, tallies in sorted(self._days.items(), reverse=True):
+            features = {
+                FEATURES.get(feature, feature): tally
+                for (name, feature), tally in tallies.items()
+                if name == user
+            }
+            if features:
+                date = time.strftime("%Y-%m-%d", time.gmtime(day * _DAY_S))
+                days.append(Day(date, features))
+        return days
+
+    def reply(self, user: str) -> Reply:
+        """Say a user's own use, and nobody else's."""
+        body = msgspec.json.encode(_Usage(user, self._since, self.of(user)))
+        return Reply(200, JSON, body, {"Cache-Control": "no-store"})
+
+    def _forget(self, last: int) -> None:
+        self._days = {day: tally for day, tally in self._days.items() if day > last}
