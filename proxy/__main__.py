@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from proxy import __version__, config, simulator
+from proxy import __version__, config, simulator, siteconfig
 from proxy.config import Settings
 from proxy.errors import ConfigError
 from proxy.log import ExchangeLog
@@ -99,7 +99,16 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check", help="validate a configuration and print what it comes to"
     )
-    check.add_argument("config", type=Path, metavar="FILE", help="a YAML file")
+    checked = check.add_mutually_exclusive_group(required=True)
+    checked.add_argument(
+        "config", type=Path, nargs="?", metavar="FILE", help="a YAML file"
+    )
+    checked.add_argument(
+        "--from-site-config",
+        type=Path,
+        metavar="FILE",
+        help="a Sourcegraph site configuration: print the proxy's, made of it",
+    )
     check.set_defaults(command=_check)
 
     simulate = commands.add_parser(
@@ -162,8 +171,25 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 
 
 def _check(options: argparse.Namespace) -> int:
+    if options.from_site_config is not None:
+        return _convert(options.from_site_config)
     settings = config.read(options.config, os.environ)
     print(config.describe(settings))
+    return 0
+
+
+def _convert(path: Path) -> int:
+    """Print the file, then say on the standard error what has to be seen to."""
+    converted = siteconfig.convert(config.read_text(path))
+    print(converted.text, end="")
+    sys.stdout.flush()
+    for warning in converted.warnings:
+        _say(f"warning: {warning}")
+    # What the variables will hold does not matter to what is wrong.
+    environ = dict.fromkeys(converted.variables, "http://variable.invalid")
+    settings = config.load(converted.text, environ=environ, directory=path.parent)
+    for warning in settings.warnings:
+        _say(f"warning: {warning}")
     return 0
 
 

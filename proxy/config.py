@@ -214,13 +214,18 @@ def load(
 
 def read(path: Path, environ: Mapping[str, str], listen: str | None = None) -> Settings:
     """Return the settings of the file at ``path``. Raises: ConfigError."""
+    text = read_text(path)
+    return load(text, environ=environ, directory=path.parent, listen=listen)
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a configuration file. Raises: ConfigError."""
     try:
-        text = path.read_text("utf-8")
+        return path.read_text("utf-8")
     except OSError as error:
         raise ConfigError([f"cannot read {path}: {error.strerror}"]) from None
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path}: not UTF-8 at byte {error.start}"]) from None
-    return load(text, environ=environ, directory=path.parent, listen=listen)
 
 
 _BARE_URL = re.compile(r"^([^:]+://[^/?#]+)/?$")
@@ -315,6 +320,18 @@ _Loader.add_implicit_resolver(
 _COMMENT_AS_TEXT = re.compile(r"(?:^|\s|^(?:true|false|null|-?\d[\d.eE+-]*))(?://|/\*)")
 # What PyYAML quotes: <names> of its own, single characters, and words of the file.
 _QUOTED = re.compile(r"'(<[^']*>|[^']{1,2})'|'[^']*'")
+
+
+def parse(text: str) -> object:
+    """Return the data of a text, as it stands there.
+
+    Raises: ConfigError: it is neither YAML nor JSON with comments.
+    """
+    findings = Findings()
+    data = _parse(text, findings)
+    if findings.problems:
+        raise ConfigError(findings.problems)
+    return data
 
 
 def _parse(text: str, findings: Findings) -> object:
@@ -658,6 +675,11 @@ def _block(file: _File, findings: Findings) -> tuple[Block, str] | None:
             findings.warn("completions", "ignored: there is a modelConfiguration")
         return file.model_configuration, "modelConfiguration"
     if file.completions is not None:
+        text = (
+            "the old form, taken as the modelConfiguration that completions-proxy check"
+            " --from-site-config FILE prints; use that instead"
+        )
+        findings.warn("completions", text)
         return converted(file.completions, "completions", findings), "completions"
     findings.problem("modelConfiguration", "missing; expected a mapping")
     return None

@@ -12,7 +12,7 @@ FLOORS = [
     {
         *("exchange", "passthrough", "outcome", "log"),
         *("auth", "config", "pool", "routes", "pages"),
-        *("instance", "knobs", "usage"),
+        *("instance", "knobs", "siteconfig", "usage"),
     },
     {"upstream", "response", "relay", "forward", "server", "simulator", "probe"},
     {"__main__"},
@@ -25,6 +25,7 @@ NEIGHBOURS = {
     "log": {"outcome"},
     "auth": {"config"},
     "routes": {"config"},
+    "siteconfig": {"config"},
     "usage": {"outcome"},
     "instance": {"auth", "config", "usage"},
     "relay": {"upstream", "response"},

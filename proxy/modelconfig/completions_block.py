@@ -118,11 +118,6 @@ def converted(block: CompletionsBlock, path: str, findings: Findings) -> schema.
 
     Args: path: what findings call the place of the block.
     """
-    text = (
-        "the old form, converted to modelConfiguration; completions-proxy check"
-        " --from-site-config FILE prints that, to be used instead"
-    )
-    findings.warn(path, text)
     names = block.__struct_encode_fields__
     for name, encoded in zip(block.__struct_fields__, names, strict=True):
         if name in _IGNORED and getattr(block, name) not in (None, True):
@@ -173,12 +168,14 @@ def _models(
             continue
         if not given[feature]:
             findings.warn(at, f'not set; using "{name}"')
-        tokens = getattr(block, f"{feature}_model_max_tokens") or _INPUT_TOKENS
+        tokens = getattr(block, f"{feature}_model_max_tokens")
+        if tokens is None and feature == "fast_chat" and name == given["chat"]:
+            tokens = block.chat_model_max_tokens
         provider, slash, rest = name.partition("/")
         if kind.id:
-            found[feature] = _Model(kind.id, name, tokens)
+            found[feature] = _Model(kind.id, name, tokens or _INPUT_TOKENS)
         elif slash and rest:
-            found[feature] = _Model(provider.lower(), rest, tokens)
+            found[feature] = _Model(provider.lower(), rest, tokens or _INPUT_TOKENS)
         else:
             text = 'expected "provider/model", as in "anthropic/claude-3-haiku"'
             findings.problem(at, text)
