@@ -30,6 +30,7 @@ from proxy.modelconfig.findings import Findings
 from proxy.modelconfig.provider_overrides import ReadFile, read_secret
 from proxy.modelconfig.refs import made_id
 from proxy.modelconfig.resolved import (
+    ContextWindow,
     Model,
     ModelConfiguration,
     Provider,
@@ -41,6 +42,8 @@ from proxy.modelconfig.schema import Block, Keys
 TOKENS_VARIABLE = "COMPLETIONS_PROXY_TOKENS"
 # What a server that does not say is taken to know; it says itself what is too much.
 UNKNOWN_TOKENS = 32_768
+# Of a space that prompt and answer share, this much is for Cody's answers.
+CLIENT_OUTPUT_TOKENS = 4096
 DEFAULT_LISTEN = "127.0.0.1:8080"
 
 Positive: TypeAlias = Annotated[int, Meta(gt=0)]
@@ -252,6 +255,7 @@ def for_upstream(
              type: as in ``serverSideConfig``.
              model: what the upstream calls it; characters that no id may have
                  become "_" in its ref.
+             max_output_tokens: of the prompt and the answer together.
     Raises:  ConfigError: lists everything that is wrong.
     """
     provider = "tgi" if type == "huggingface-tgi" else "upstream"
@@ -281,7 +285,18 @@ def for_upstream(
             "defaultModels": {"chat": ref, "fastChat": ref, "codeCompletion": ref},
         },
     }
-    return _settings(data, environ, Path(), listen, Findings())
+    settings = _settings(data, environ, Path(), listen, Findings())
+    shared = _client_window(max_input_tokens, max_output_tokens)
+    [found] = settings.models.models
+    models = replace(settings.models, models=(replace(found, client_window=shared),))
+    return replace(settings, models=models)
+
+
+def _client_window(max_input_tokens: int, max_tokens: int) -> ContextWindow:
+    """Divide a space: what the server keeps for answers, or else a quarter of it."""
+    kept = max(max_tokens - max_input_tokens, max_tokens // 4, 1)
+    output = min(CLIENT_OUTPUT_TOKENS, kept)
+    return ContextWindow(max(min(max_input_tokens, max_tokens - output), 1), output)
 
 
 # --- text -> data

@@ -54,6 +54,8 @@ class Knobs:
         self._chat, self._edit, self._code = (
             read.sampling(feature) for feature in ("chat", "edit", "autoComplete")
         )
+        shared = model.client_window
+        self._most_tokens = shared.max_output_tokens if shared else None
         self._chat_tokens = read.integer("chatMaxTokens")
         self._edit_tokens = read.integer("editMaxTokens")
         self._code_tokens = _PerLines(
@@ -87,6 +89,8 @@ class Knobs:
             self._apply_to_edit(request)
         else:
             self._apply_to_chat(request)
+        if self._most_tokens is not None:
+            request.max_tokens = _lower(request.max_tokens, self._most_tokens)
 
     def timeout_s(self, request: CompletionRequest, timeout_s: float) -> float:
         """Return how long the request may take, which is ``timeout_s`` at most."""

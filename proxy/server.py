@@ -595,6 +595,9 @@ class _Page(_Handling):
         visit = Visit(head, self._outcome.user, body)
         reply = page.answer(visit)
         self.is_logged = page.is_logged(visit)
+        if reply.status >= 400:  # a refusal in words of its own
+            is_token = reply.status == Unauthorized.status
+            self._outcome.kind = (Unauthorized if is_token else InvalidRequest).kind
         return self._say(reply)
 
     async def _answer(self, head: Head) -> AnyResponse:

@@ -683,6 +683,31 @@ def test_for_upstream(url, kind, model, endpoint, ref):
     assert settings.warnings == (LOCALLY_OPEN,)
 
 
+@pytest.mark.parametrize(
+    ("most_input", "most", "told"),
+    [
+        (32_768, 32_768, (28_672, 4096)),  # nobody knows how it is divided
+        (1024, 2048, (1024, 1024)),
+        (511, 512, (384, 128)),
+        (100_000, 131_072, (100_000, 4096)),
+        (1, 1, (1, 1)),
+    ],
+)
+def test_for_upstream_divides_the_space_for_clients(most_input, most, told):
+    [found] = for_upstream(
+        "http://tgi",
+        type="huggingface-tgi",
+        model="m",
+        environ={},
+        max_input_tokens=most_input,
+        max_output_tokens=most,
+    ).models.models
+    window = found.client_window
+    assert window is not None
+    assert (window.max_input_tokens, window.max_output_tokens) == told
+    assert found.context_window.max_output_tokens == most  # of other clients
+
+
 def test_for_upstream_takes_tokens_and_an_address():
     settings = for_upstream(
         "http://a",

@@ -2,6 +2,7 @@
 
 import asyncio
 import html
+import json
 import re
 import time
 from collections.abc import Callable
@@ -9,8 +10,11 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from hypothesis import example, given, strategies as st
 
 from proxy.errors import ConfigError
+from proxy.instance.graphql import Operations
+from proxy.instance.sign_in import callback
 from tests.support.client import connect, request
 from tests.support.cody import assert_ends_once, read_autocomplete, read_chat
 from tests.support.fixtures import (
@@ -158,6 +162,15 @@ async def eventually(condition: Callable[[], bool]) -> None:
 # --------------------------------------------------------------------------- GraphQL
 
 
+@given(st.binary(), st.text())
+@example(b'{"query":"query \\ud800 { x }"}', "")
+def test_whatever_is_asked_gets_an_answer(body, name):
+    file = {"modelConfiguration": model_configuration("http://up")}
+    reply = Operations(load(file)).answer({name: ""}, body, "")
+    assert reply.status in (200, 400)
+    assert set(json.loads(reply.body)) <= {"data", "errors"}
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 async def test_every_operation_has_the_shape_that_clients_need(proxy, operation):
     read_graphql(await ask(proxy, operation), operation)
@@ -303,6 +316,7 @@ async def test_what_is_no_graphql(proxy, body):
     reply = raw.json()
     assert reply["data"] is None
     assert reply["errors"][0]["message"].startswith(("expected JSON", "no operation"))
+    assert proxy.outcomes[-1]["kind"] == "bad_request"
 
 
 async def test_the_name_in_the_url_is_enough(proxy):
@@ -602,6 +616,7 @@ async def test_signing_in_with_a_wrong_token_gives_nothing(start: Starter, upstr
         elements = assert_harmless(raw)
         assert elements.values("href") == []
         assert "not known here" in raw.text and "<b>" not in raw.text
+        assert proxy.outcomes[-1]["kind"] == "unauthorized"
 
 
 @pytest.mark.parametrize(
@@ -626,6 +641,23 @@ async def test_nobody_else_is_handed_a_token(start: Starter, upstream, requester
         assert links in ([], [local])
         if "&" not in requester:
             assert links == []
+
+
+@given(st.dictionaries(st.sampled_from(["requestFrom", "port"]), st.text()))
+@example({"requestFrom": "JETBRAINS", "port": "80"})
+@example({"requestFrom": "JETBRAINS-80", "port": "@evil"})
+@example({"requestFrom": "NEOVIM", "port": "٤"})
+def test_links_lead_to_editors_alone(query):
+    found = callback(query)
+    if found is not None:
+        link = found.link("a b&c")
+        assert re.fullmatch(
+            r"[a-z-]+://sourcegraph\.cody-ai\?code=a%20b%26c"
+            r"|http://localhost:[1-9]\d{0,4}/api/sourcegraph/token\?token=a%20b%26c",
+            link,
+            re.ASCII,
+        )
+        assert callback({"requestFrom": found.requester}) == found
 
 
 async def test_by_default_the_page_only_explains(proxy):

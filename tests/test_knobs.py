@@ -7,6 +7,7 @@ import pytest
 from proxy.completion import CompletionRequest, Message, TextPart
 from proxy.errors import InvalidPrompt
 from proxy.knobs import MOST_CHARS_PER_TOKEN, Knobs, lift_preamble
+from proxy.modelconfig.resolved import ContextWindow
 from tests.support.client import request
 from tests.support.cody import assert_ends_once, read_autocomplete, read_chat
 from tests.support.fixtures import Block, Starter, model_configuration
@@ -251,6 +252,17 @@ async def test_a_prompt_that_is_too_long_for_sure_is_not_sent(start: Starter, up
     assert raw.status == 400 and "token limit" in raw.text
     assert len(upstream.requests) == 1
     assert proxy.outcomes[-1]["kind"] == "invalid_prompt"
+
+
+def test_of_a_shared_space_an_answer_gets_its_part():
+    knobs = Knobs(model(client_window=ContextWindow(6000, 1000)), "")
+    for feature in ("chat", "code"):
+        asked = CompletionRequest(feature, [turn("user", "hi")], max_tokens=4000)
+        knobs.apply(asked, 10)
+        assert asked.max_tokens == 1000
+        asked.max_tokens = 30
+        knobs.apply(asked, 10)
+        assert asked.max_tokens == 30
 
 
 def test_only_text_counts_as_prompt():

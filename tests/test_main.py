@@ -17,6 +17,7 @@ from proxy.probe import probe
 from tests.support.client import request
 from tests.support.cody import read_chat
 from tests.support.fixtures import QUESTION
+from tests.support.instance import PRIVATE, CommandLine
 from tests.support.upstream import (
     Hang,
     ScriptedUpstream,
@@ -82,6 +83,17 @@ async def test_serve_without_configuration_answers_by_a_simulator():
     assert status == 0
     (line,) = map(json.loads, out.splitlines())
     assert (line["event"], line["kind"]) == ("exchange", "ok")
+
+
+async def test_serve_is_all_that_a_cody_client_needs():
+    async with serve(COMPLETIONS_PROXY_TOKENS="cp_1") as running:
+        client = CommandLine(running.url, "cp_1")
+        outcome = await client.chat("hi")
+        assert (outcome.ended, outcome.violations) == ("complete", [])
+        assert "simulator" in outcome.text
+        assert client.connections.sent.total() == 65
+        _, log = await running.stop()
+        assert PRIVATE not in log + running.said
 
 
 async def test_serve_in_front_of_tgi(upstream: ScriptedUpstream):

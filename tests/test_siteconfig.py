@@ -137,8 +137,7 @@ def test_what_an_old_block_comes_to_is_said():
     assert [text for text in warnings if text.startswith("completions")] == [
         "completions: the old form, taken as the modelConfiguration that"
         " completions-proxy check --from-site-config FILE prints; use that instead",
-        "completions.perUserDailyLimit: not taken over: a limit is set beside the"
-        " models here",
+        "completions.perUserDailyLimit: ignored: set limits.token.chat.requestsPerDay",
         "completions.smartContextWindow: ignored: clients are told that it is on",
         'completions.completionModel: not set; using "gpt-3.5-turbo-instruct"',
     ]

@@ -24,7 +24,7 @@ _IN_QUERY = re.compile(
 # How far the beginning of a query may be from the beginning of its text.
 _BEGINNING_CHARS = 1000
 
-TELEMETRY = frozenset(("RecordTelemetryEvents", "LogEventMutation"))
+TELEMETRY = frozenset(("RecordTelemetryEvents", "LogEventMutation", "RecordContext"))
 
 _encode = msgspec.json.Encoder().encode
 
@@ -71,12 +71,14 @@ _STATIC: dict[str, object] = {
     "EvaluateFeatureFlag": {"evaluateFeatureFlag": None},
     "RecordTelemetryEvents": {"telemetry": {"recordEvents": _DONE}},
     "LogEventMutation": {"logEvent": _DONE},
+    "RecordContext": {"recordContext": _DONE},
     "CurrentUserCodyProEnabled": {"currentUser": {"codyProEnabled": False}},
     "CurrentUserCodySubscription": {"currentUser": {"codySubscription": None}},
     "ViewerPrompts": _PROMPTS,
     "ViewerBuiltinPrompts": _PROMPTS,
     "PromptTags": {"promptTags": _NONE | {"totalCount": 0, "pageInfo": _PAGE}},
     "Repositories": {"repositories": {"nodes": [], "pageInfo": _PAGE}},
+    "RepositoriesSearch": {"repositories": {"nodes": [], "pageInfo": _PAGE}},
     "Repository": _NO_REPOSITORY,
     "ResolveRepoName": _NO_REPOSITORY,
     "SuggestionsRepo": {"search": {"results": {"repositories": []}}},
@@ -231,7 +233,8 @@ def _llm_configuration(models: ModelConfiguration) -> dict[str, object]:
     ):
         model = by_ref[ref]
         wire[name] = f"{model.provider_id}/{model.id}"
-        wire[f"{name}MaxTokens"] = model.context_window.max_input_tokens
+        window = model.client_window or model.context_window
+        wire[f"{name}MaxTokens"] = window.max_input_tokens
     return wire
 
 

@@ -52,7 +52,7 @@ def _model(model: Model, *, adds_edit: bool) -> dict[str, object]:
 
 
 def _context_window(model: Model) -> dict[str, int]:
-    window = model.context_window
+    window = model.client_window or model.context_window
     wire = {
         "maxInputTokens": window.max_input_tokens,
         "maxOutputTokens": window.max_output_tokens,

@@ -91,9 +91,9 @@ _IGNORED = {
     "azure_chat_model": "ignored: chatModel names the deployment",
     "azure_completion_model": "ignored: completionModel names the deployment",
     "smart_context_window": "ignored: clients are told that it is on",
-    "per_user_daily_limit": "not taken over: a limit is set beside the models here",
+    "per_user_daily_limit": "ignored: set limits.token.chat.requestsPerDay",
     "per_user_code_completions_daily_limit": (
-        "not taken over: a limit is set beside the models here"
+        "ignored: set limits.token.code.requestsPerDay"
     ),
 }
 

@@ -142,7 +142,9 @@ class Model(msgspec.Struct, frozen=True):
     from ``clientSideConfig``; ``client_config`` is its ``openAICompatible`` object
     under the names clients know, or None. ``model_cost`` is for clients too.
     ``strict_template``, ``lift_preamble`` and ``fallback``, the ref of another model,
-    are described in the README.
+    are described in the README. ``client_window`` is what Cody's clients are told and
+    held to instead of the ``context_window`` whose two numbers share one space: they
+    ask for all of the output.
     """
 
     provider_id: str
@@ -160,6 +162,7 @@ class Model(msgspec.Struct, frozen=True):
     end_of_text: str = ""
     strict_template: bool = False
     lift_preamble: bool = False
+    client_window: ContextWindow | None = None
     client_config: dict[str, object] | None = None
     reasoning_effort: str | None = None
     model_cost: dict[str, object] | None = None

@@ -166,6 +166,7 @@ OPERATIONS: dict[str, Shape] = {
     "EvaluateFeatureFlag": {"evaluateFeatureFlag": {None, False}},
     "RecordTelemetryEvents": {"telemetry": {"recordEvents": {"alwaysNil": None}}},
     "LogEventMutation": {"logEvent": {"alwaysNil": None}},
+    "RecordContext": {"recordContext": {"alwaysNil": None}},
     "CurrentUserCodyProEnabled": {"currentUser": {"codyProEnabled": False}},
     "CurrentUserCodySubscription": {"currentUser": {"codySubscription": Maybe(dict)}},
     "CurrentUserRole": {"currentUser": {"id": _text, "siteAdmin": False}},
@@ -173,6 +174,9 @@ OPERATIONS: dict[str, Shape] = {
     "ViewerBuiltinPrompts": _PROMPTS,
     "PromptTags": {"promptTags": _NODES},
     "Repositories": {"repositories": {**_NODES, "pageInfo": {"endCursor": Maybe(str)}}},
+    "RepositoriesSearch": {
+        "repositories": {**_NODES, "pageInfo": {"endCursor": Maybe(str)}}
+    },
     "Repository": {"repository": Maybe(dict)},
     "ResolveRepoName": {"repository": Maybe(dict)},
     "SuggestionsRepo": {"search": {"results": {"repositories": [dict]}}},
