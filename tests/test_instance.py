@@ -96,9 +96,8 @@ async def test_the_command_line_signs_in_and_chats(proxy, upstream, prefix):
     assert outcome.violations == []
     assert client.user["username"] == "ann"
     assert client.user["primaryEmail"] == {"email": "ann@example.com"}
-    sent = client.connections.sent
-    assert sent.total() == 65
-    assert sent[f"{prefix}{GRAPHQL}?EvaluateFeatureFlag"] == 39
+    assert client.sent.total() == 70
+    assert client.sent[f"{prefix}{GRAPHQL}?EvaluateFeatureFlag"] == 46
     assert len(upstream.requests) == 1  # with the category "speed" it would be two
     assert upstream.last.json()["messages"][-1]["content"] == "hi"
 
@@ -111,11 +110,13 @@ async def test_the_command_line_finds_a_wrong_token(proxy):
 
 async def test_telemetry_is_taken_and_neither_kept_nor_logged(proxy):
     await CommandLine(proxy.url, TOKEN).chat("hi")
+    traces = {"resourceSpans": [{"attributes": [PRIVATE]}]}
+    raw = await request(proxy.url, path="/-/debug/otlp/v1/traces", body=traces)
+    assert (raw.status, raw.json()) == (200, {})
     assert PRIVATE not in proxy.log
     routes = [line["route"] for line in proxy.outcomes]
-    assert "/-/debug/otlp/v1/traces" not in routes
-    assert routes.count(GRAPHQL) == len(routes) - 6
-    assert len(routes) == 65 - 5  # health, traces and three events leave no line
+    assert len(routes) == 70 - 4
+    assert routes.count(GRAPHQL) == len(routes) - 3
     assert {line["kind"] for line in proxy.outcomes} == {"ok"}
 
 
@@ -474,6 +475,11 @@ async def test_edit_is_not_added_where_somebody_uses_the_word(start: Starter, up
         ["chat", "autocomplete"],
         ["chat", "edit"],
     ]
+
+
+async def test_there_are_no_rules(proxy):
+    query = "filter[applies_to_repo]=a&filter[applies_to_path]=b"
+    assert (await get(proxy, f"/.api/rules?{query}")).json() == {"rules": []}
 
 
 async def test_duplicate_slashes_and_head(proxy):

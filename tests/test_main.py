@@ -91,7 +91,7 @@ async def test_serve_is_all_that_a_cody_client_needs():
         outcome = await client.chat("hi")
         assert (outcome.ended, outcome.violations) == ("complete", [])
         assert "simulator" in outcome.text
-        assert client.connections.sent.total() == 65
+        assert client.sent.total() == 70
         _, log = await running.stop()
         assert PRIVATE not in log + running.said
 

@@ -1,9 +1,8 @@
 """What a Cody client asks of its instance, request by request, and how strictly it
 reads the answers.
 
-``CommandLine`` does what one ``cody chat -m …`` does: 65 requests over connections that
-are kept alive, 39 of them for feature flags; ``Editor`` what an editor does for a manual
-autocomplete. A reply that the real client would trip over fails here.
+``CommandLine`` does what one ``cody chat -m …`` does, ``Editor`` what an editor does for
+a manual autocomplete. A reply that the real client would trip over fails here.
 """
 
 import asyncio
@@ -14,10 +13,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from tests.support.client import (
-    RawConnection,
     RawReply,
     RawStream,
-    build_request,
+    request,
     stream,
 )
 from tests.support.cody import ChatOutcome, assert_ends_once, read_chat
@@ -26,10 +24,10 @@ Shape = Any
 Json = dict[str, Any]
 
 CLIENT = {
-    "Connection": "keep-alive",
-    "User-Agent": "jetbrains/5.5.22 (Node.js v20.4.0)",
-    "X-Requested-With": "jetbrains 5.5.22",
-    "X-Sourcegraph-API-Client-Name": "jetbrains",
+    "Connection": "close",
+    "User-Agent": "cody-cli/5.5.22 (Node.js v20.20.2)",
+    "X-Requested-With": "cody-cli 5.5.22",
+    "X-Sourcegraph-API-Client-Name": "cody-cli",
     "X-Sourcegraph-API-Client-Version": "5.5.22",
 }
 CAPABILITIES = {"autocomplete", "chat", "edit", "vision", "reasoning", "tools"}
@@ -271,16 +269,56 @@ def read_models(raw: RawReply) -> Json:
 # --- clients --------------------------------------------------------------------------
 
 
-class Connections:
-    """A keep-alive agent: requests go over connections that are used again."""
+class CommandLine:
+    """``cody chat -m …``: signs in, looks round, picks the default model, asks.
 
-    def __init__(self, url: str, token: str | None) -> None:
-        self.url = url
-        self.sent: Counter[str] = Counter()
+    Request by request what version 5.5.22 did in front of this proxy, recorded on
+    2026-11-20 (node 20.20): 70 requests, each on a connection of its own; their number
+    grows with that of the feature flags, here 46.
+
+    Args: prefix: of the endpoint; some versions keep it for GraphQL, and for that alone.
+    """
+
+    def __init__(self, url: str, token: str | None, prefix: str = "") -> None:
+        self._url = url
+        self._prefix = prefix
         self._headers = dict(CLIENT)
         if token is not None:
             self._headers["Authorization"] = f"token {token}"
-        self._idle: list[RawConnection] = []
+        self.sent: Counter[str] = Counter()
+        self.user: Json = {}
+        self.config: Json = {}
+        self.models: Json = {}
+
+    async def chat(self, question: str) -> ChatOutcome:
+        await self._sign_in()
+        await asyncio.gather(
+            self._graphql("CurrentSiteCodyLlmConfiguration"),
+            self._graphql("CurrentSiteCodyLlmProvider"),
+            self._graphql("CurrentSiteCodyLlmConfiguration"),
+            self._flags(17),
+        )
+        await asyncio.gather(
+            self._configure(),
+            self._graphql("FeatureFlags"),
+            self._graphql("ViewerSettings"),
+            self._graphql("CodeSearchEnabled"),
+        )
+        await asyncio.gather(self._list_models(), self._graphql("CurrentUser"))
+        await asyncio.gather(
+            *(
+                self._graphql(operation)
+                for operation in ("SiteHasCodyEnabled", "CurrentUserCodySubscription")
+                for _ in range(3)
+            ),
+            self._flags(14),
+        )
+        _, _, outcome = await asyncio.gather(
+            self._telemetry("submitted"),
+            self._telemetry("executed"),
+            self._ask(question),
+        )
+        return outcome
 
     async def ask(
         self,
@@ -292,114 +330,58 @@ class Connections:
         chunked: bool = False,
     ) -> RawReply:
         self.sent[path.partition("&")[0]] += 1
-        connection = self._idle.pop() if self._idle else None
-        connection = connection or await RawConnection.open(self.url)
         every = self._headers | dict(headers or {})
-        await connection.send(
-            build_request(self.url, method, path, every, body, chunked)
-        )
-        reply = await connection.reply()
-        assert reply.complete, path
-        assert reply.header("connection") != "close", path
-        self._idle.append(connection)
-        return reply
-
-    async def close(self) -> None:
-        for connection in self._idle:
-            await connection.close()
-
-
-class CommandLine:
-    """``cody chat -m …``: signs in, looks round, picks the default model, asks."""
-
-    def __init__(self, url: str, token: str | None, prefix: str = "") -> None:
-        self._prefix = prefix  # of the endpoint; clients keep it for GraphQL alone
-        self.connections = Connections(url, token)
-        self.user: Json = {}
-        self.config: Json = {}
-        self.models: Json = {}
-
-    async def chat(self, question: str) -> ChatOutcome:
-        try:
-            return await self._chat(question)
-        finally:
-            await self.connections.close()
-
-    async def _chat(self, question: str) -> ChatOutcome:
-        await self._sign_in()
-        await self._look_round()
-        health = await self.connections.ask("GET", "/healthz")
-        assert health.status == 200
-        outcome = await self._ask(question)
-        # Telemetry, with what must never be kept.
-        for action in ("submitted", "responded", "finished"):
-            await self._graphql("RecordTelemetryEvents", events=[_event(action)])
-        return outcome
+        return await request(self._url, method, path, every, body, chunked)
 
     async def _sign_in(self) -> None:
-        data = await self._graphql("CurrentUser")
+        data, *_ = await asyncio.gather(
+            self._graphql("CurrentUser"), self._graphql("CurrentUser")
+        )
         self.user = data["currentUser"]
-        site = await self._graphql("SiteProductVersion")
+        _, _, _, site, _ = await asyncio.gather(
+            self._telemetry("installed"),
+            self._flags(15),
+            self._graphql("CurrentUser"),
+            self._graphql("SiteProductVersion"),
+            self._telemetry("savedLogin"),
+        )
         version = tuple(map(int, site["site"]["productVersion"].split(".")))
         assert version >= (5, 5, 0), "too old for the client configuration"
-        await self._configure()
 
     async def _configure(self) -> None:
-        raw = await self.connections.ask("GET", "/.api/client-config")
-        self.config = read_client_config(raw)
+        self.config = read_client_config(await self.ask("GET", "/.api/client-config"))
 
     async def _list_models(self) -> None:
         path = "/.api/modelconfig/supported-models.json"
-        self.models = read_models(await self.connections.ask("GET", path))
+        self.models = read_models(await self.ask("GET", path))
 
-    async def _look_round(self) -> None:
-        flags = [
-            self._graphql("EvaluateFeatureFlag", flagName=f"flag-{number}")
-            for number in range(39)
-        ]
-        for _ in range(2):
-            await asyncio.gather(
-                self._graphql("CurrentUser"),
-                self._graphql("SiteProductVersion"),
-                self._graphql("CurrentSiteCodyLlmConfiguration"),
-                self._graphql("ViewerSettings"),
-                self._list_models(),
-            )
+    async def _flags(self, count: int) -> None:
         await asyncio.gather(
-            self._configure(),
-            self._graphql("CurrentSiteCodyLlmProvider"),
-            self._graphql("CodeSearchEnabled"),
-            self._graphql("CurrentUserRole"),
-            self._graphql("ContextFilters"),
-            self._trace(),
-            *flags,
+            *(
+                self._graphql("EvaluateFeatureFlag", flagName=f"flag-{number}")
+                for number in range(count)
+            )
         )
-        await self._graphql("CurrentUser")
-        rules = await self.connections.ask(
-            "GET", "/.api/rules?filter[applies_to_repo]=a&filter[applies_to_path]=b"
-        )
-        check(rules.json(), {"rules": [dict]}, "rules")
+
+    async def _telemetry(self, action: str) -> None:
+        # With what must never be kept.
+        await self._graphql("RecordTelemetryEvents", events=[_event(action)])
 
     async def _graphql(self, operation: str, **variables: object) -> Json:
-        raw = await self.connections.ask(
+        raw = await self.ask(
             "POST",
             f"{self._prefix}/.api/graphql?{operation}",
             # Empty parentheses are no GraphQL, and real.
             {"query": f"\nquery {operation}() {{ x }}", "variables": variables},
+            {"Accept-Encoding": "gzip,deflate"},
         )
         return read_graphql(raw, operation)
-
-    async def _trace(self) -> None:
-        raw = await self.connections.ask(
-            "POST", "/-/debug/otlp/v1/traces", {"resourceSpans": []}
-        )
-        assert raw.status == 200
 
     async def _ask(self, question: str) -> ChatOutcome:
         ref = self.models["defaultModels"]["chat"]
         model = next(m for m in self.models["models"] if m["modelRef"] == ref)
         version = self.config["latestSupportedCompletionsStreamAPIVersion"]
-        raw = await self.connections.ask(
+        raw = await self.ask(
             "POST",
             f"/.api/completions/stream?api-version={version}"
             "&client-name=jetbrains&client-version=5.5.22",
@@ -410,12 +392,16 @@ class CommandLine:
                 "model": ref,
                 "maxTokensToSample": model["contextWindow"]["maxOutputTokens"],
                 "messages": [
-                    {"speaker": "human", "text": PREAMBLE},
-                    {"speaker": "assistant", "text": PREAMBLE_REPLY},
-                    {"speaker": "human", "text": question},
+                    {"text": PREAMBLE, "speaker": "human"},
+                    {"text": PREAMBLE_REPLY, "speaker": "assistant"},
+                    {"text": question, "speaker": "human"},
                 ],
             },
-            {"Accept-Encoding": "gzip;q=0", "X-Sourcegraph-Interaction-ID": "1"},
+            {
+                "Accept-Encoding": "gzip;q=0",
+                "Connection": "keep-alive",
+                "X-Sourcegraph-Interaction-ID": "b95d691f-f2a7-419e-832b-2c1442420d9b",
+            },
             chunked=True,
         )
         if raw.status == 200:
@@ -465,6 +451,7 @@ class Editor:
             "&client-name=vscode&client-version=1.90.0"
         )
         self._headers = CLIENT | {
+            "Connection": "keep-alive",
             "Authorization": f"token {token}",
             "Accept": "application/json",
             "Accept-Encoding": "gzip;q=0",
