@@ -126,6 +126,7 @@ class Settings(msgspec.Struct, frozen=True):
     list_upstream_models: bool = False
     auth_header: str = "Authorization"
     instance: Instance = Instance()
+    origins: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -187,6 +188,7 @@ class _File(Keys):
     list_upstream_models: bool = False
     client_version_check: bool = False
     instance: Instance = Instance()
+    origins: list[str] = []
     # Belongs to an instance; allowed because it stands beside the block there.
     cody_enabled: bool = field(name="cody.enabled", default=True)
 
@@ -499,6 +501,7 @@ def _settings(
     if not file.cody_enabled:
         findings.warn("cody.enabled", "ignored")
     _check_instance(file.instance, findings)
+    _check_origins(file.origins, findings)
     models = _models(file, read_file, findings)
     if models is None or findings.problems:
         raise ConfigError(_first_of_each(findings.problems))
@@ -517,6 +520,7 @@ def _settings(
         if isinstance(file.auth, _Auth)
         else "Authorization",
         instance=file.instance,
+        origins=tuple(file.origins),
         warnings=(*findings.warnings, *models.warnings),
     )
 
@@ -667,6 +671,16 @@ def _check_access(
 
 def _host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+_ORIGIN = re.compile(r"https?://(?:\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?")
+
+
+def _check_origins(given: list[str], findings: Findings) -> None:
+    for index, origin in enumerate(given):
+        if not _ORIGIN.fullmatch(origin):
+            text = 'expected the origin of a web page, as in "https://cody.example.com"'
+            findings.problem(f"origins[{index}]", text)
 
 
 _SITE_VERSION = re.compile(r"\d+\.\d+\.\d+")

@@ -41,6 +41,7 @@ class Response:
         self._request = request
         self._id = id
         self._is_chunked = False
+        self.more = b""  # header lines
 
     # ------------------------------------------------------------------------- writing
 
@@ -97,7 +98,7 @@ class Response:
         self.status = status
         if not self.keep_alive:
             headers = {**headers, "Connection": "close"}
-        head = _rendered(status, *headers.items()) + _date(int(time.time()))
+        head = _rendered(status, *headers.items()) + _date(int(time.time())) + self.more
         if self._id:
             head += b"X-Request-Id: %b\r\n" % self._id.encode()
         if not self.keep_alive:

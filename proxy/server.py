@@ -24,6 +24,7 @@ from proxy import __version__, pages, routes
 from proxy.auth import NOT_GIVEN, Access, credential
 from proxy.completion import CompletionRequest
 from proxy.config import Settings
+from proxy.cors import Origins
 from proxy.dialects.adjust import (
     ADJUSTED,
     decode_fields,
@@ -123,9 +124,16 @@ class Proxy:
         self._targets: dict[str, _Target] = {}
         # Path, streamed or not, model, endpoint: as many as the configuration has.
         self.natives: dict[tuple[str, bool, str, int], Native | None] = {}
+        self.origins = Origins(settings.origins) if settings.origins else None
         self.knobs = knobs_of(settings.models)
         self.usage = UsageCounter(time.time())
         self.instance = Instance(settings, self.access, self.usage)
+
+    def response(self, request: web.BaseRequest, id: str = "") -> Response:
+        response = Response(request, id)
+        if self.origins is not None:
+            response.more = self.origins.lines(request.headers)
+        return response
 
     def started(self, relay: Relay) -> None:
         """Count a relay among the running ones."""
@@ -140,9 +148,12 @@ class Proxy:
     async def handle(self, request: web.BaseRequest) -> AnyResponse:
         """Answer one request, whatever happens, and write its log line."""
         target = self._targets.get(request.raw_path) or self._target(request)
-        if target.reply is not None:
-            response = Response(request)
-            response.reply(target.reply)
+        reply = target.reply
+        if self.origins is not None and reply is None:
+            reply = self.origins.preflight(request.method, request.headers)
+        if reply is not None:
+            response = self.response(request)
+            response.reply(reply)
             return response
         outcome = Outcome(
             id=f"{random.getrandbits(64):016x}",
@@ -227,7 +238,7 @@ class _Handling:
         self._path = target.path
         self._incoming = target.incoming
         self._outcome = outcome
-        self._response = Response(request, outcome.id)
+        self._response = proxy.response(request, outcome.id)
         self._head = Head(request.method, target.path, target.query, request.headers)
         self._loop = proxy.loop
         self._started_s = proxy.loop.time()

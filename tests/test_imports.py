@@ -12,7 +12,7 @@ FLOORS = [
     {
         *("exchange", "passthrough", "outcome", "log"),
         *("auth", "config", "pool", "routes", "pages"),
-        *("instance", "knobs", "siteconfig", "usage"),
+        *("cors", "instance", "knobs", "siteconfig", "usage"),
     },
     {"upstream", "response", "relay", "forward", "server", "simulator", "probe"},
     {"__main__"},

@@ -686,6 +686,66 @@ async def test_an_open_proxy_hands_out_what_is_no_secret(start: Starter, upstrea
     read_graphql(user, "CurrentUser")
 
 
+# ------------------------------------------------------------------------ web clients
+
+ORIGIN = "https://cody.example.com"
+ALLOWED = "access-control-allow-origin"
+
+
+async def test_a_web_page_of_a_known_origin_may_ask(start: Starter, upstream):
+    upstream.script(ANSWER)
+    block = model_configuration(upstream.url)
+    proxy = await start(block, auth=AUTH, origins=[ORIGIN, "http://localhost:5777"])
+    asks = {"Access-Control-Request-Method": "POST", "Origin": ORIGIN}
+    for path in (f"{GRAPHQL}?CurrentUser", "/.api/completions/stream", "/v1/models"):
+        raw = await request(proxy.url, "OPTIONS", path, asks)
+        assert (raw.status, raw.header(ALLOWED)) == (204, ORIGIN)
+        headers = raw.header("access-control-allow-headers") or ""
+        assert headers.split(", ") == ["Authorization", "*"]
+        assert "POST" in (raw.header("access-control-allow-methods") or "")
+    raw = await proxy.chat(headers=bearing() | {"Origin": ORIGIN})
+    assert_ends_once(raw)
+    assert (raw.header(ALLOWED), raw.header("vary")) == (ORIGIN, "Origin")
+    wrong = bearing("cp_wrong") | {"Origin": "http://localhost:5777"}
+    raw = await request(proxy.url, "GET", "/.api/client-config", wrong)
+    assert (raw.status, raw.header(ALLOWED)) == (401, "http://localhost:5777")
+    raw = await request(proxy.url, "GET", "/healthz", {"Origin": ORIGIN})
+    assert raw.header(ALLOWED) == ORIGIN
+    assert proxy.log.count("OPTIONS") == 0
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["https://evil.example", "null", "", ORIGIN + ".evil.example", ORIGIN + "/"],
+)
+async def test_a_web_page_of_any_other_may_not(start: Starter, upstream, origin):
+    block = model_configuration(upstream.url)
+    proxy = await start(block, auth=AUTH, origins=[ORIGIN])
+    asks = {"Access-Control-Request-Method": "POST", "Origin": origin}
+    raw = await request(proxy.url, "OPTIONS", f"{GRAPHQL}?CurrentUser", asks)
+    assert raw.header(ALLOWED) is None
+    raw = await get(proxy, "/.api/client-config", Origin=origin)
+    assert (raw.status, raw.header(ALLOWED)) == (200, None)
+
+
+async def test_by_default_no_web_page_may_ask(proxy):
+    asks = {"Access-Control-Request-Method": "POST", "Origin": ORIGIN}
+    raw = await request(proxy.url, "OPTIONS", f"{GRAPHQL}?CurrentUser", asks)
+    assert (raw.status, raw.header(ALLOWED)) == (405, None)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["*", "cody.example.com", f"{ORIGIN}/", "https://a b", "https://é", "file://"],
+)
+def test_what_is_no_origin(origin):
+    block = model_configuration("http://up")
+    with pytest.raises(
+        ConfigError, match=r"origins\[0\]: expected the origin of a web"
+    ):
+        load({"modelConfiguration": block, "origins": [origin]})
+
+
 # -------------------------------------------------------------- the client's own part
 
 

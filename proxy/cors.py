@@ -1,0 +1,44 @@
+"""Web pages of other origins that may read our replies: CORS, for Cody's web client.
+
+A browser lets a page send requests elsewhere and read what comes back only where the
+answer names the page's origin. No cookies are involved: a page needs a token, too.
+
+Source: https://fetch.spec.whatwg.org/#http-cors-protocol
+"""
+
+from collections.abc import Mapping, Sequence
+
+from proxy.dialects.base import Reply
+
+# What clients look at beyond what every page may read.
+_EXPOSED = "Retry-After, X-RateLimit-Limit, X-RateLimit-Remaining, X-Request-Id"
+_PREFLIGHT = {
+    "Access-Control-Allow-Methods": "GET, HEAD, POST",
+    # The star stands for all but this one.
+    "Access-Control-Allow-Headers": "Authorization, *",
+    "Access-Control-Max-Age": "86400",
+}
+
+
+class Origins:
+    """Args: origins: as browsers write them, "https://host:port"."""
+
+    def __init__(self, origins: Sequence[str]) -> None:
+        self._lines = {
+            origin: (
+                f"Access-Control-Allow-Origin: {origin}\r\n"
+                f"Access-Control-Expose-Headers: {_EXPOSED}\r\n"
+                "Vary: Origin\r\n"
+            ).encode("ascii")
+            for origin in origins
+        }
+
+    def lines(self, headers: Mapping[str, str]) -> bytes:
+        """Return the header lines that let a page read the reply to its request."""
+        return self._lines.get(headers.get("Origin", ""), b"")
+
+    def preflight(self, method: str, headers: Mapping[str, str]) -> Reply | None:
+        """Answer a browser that asks whether it may ask; None if this is no such."""
+        if method != "OPTIONS" or "Access-Control-Request-Method" not in headers:
+            return None
+        return Reply(204, "text/plain", b"", dict(_PREFLIGHT))
