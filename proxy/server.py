@@ -603,9 +603,8 @@ class _Page(_Handling):
         if page.needs_token:
             self._check_token(head)
         body = await self._read_body() if head.method == "POST" else b""
-        visit = Visit(head, self._outcome.user, body)
-        reply = page.answer(visit)
-        self.is_logged = page.is_logged(visit)
+        reply = page.answer(Visit(head, self._outcome.user, body))
+        self.is_logged = page.is_logged
         if reply.status >= 400:  # a refusal in words of its own
             is_token = reply.status == Unauthorized.status
             self._outcome.kind = (Unauthorized if is_token else InvalidRequest).kind

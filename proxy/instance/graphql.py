@@ -24,8 +24,6 @@ _IN_QUERY = re.compile(
 # How far the beginning of a query may be from the beginning of its text.
 _BEGINNING_CHARS = 1000
 
-TELEMETRY = frozenset(("RecordTelemetryEvents", "LogEventMutation", "RecordContext"))
-
 _encode = msgspec.json.Encoder().encode
 
 _NONE: dict[str, object] = {"nodes": []}
@@ -147,10 +145,6 @@ class Operations:
             )
         # On these words clients take us for an instance from before the field was.
         return _refused(f'Cannot query field "{name}" (not supported by this proxy)')
-
-    def is_logged(self, query: Mapping[str, str]) -> bool:
-        """Whether the operation is more than telemetry, that comes all the time."""
-        return self._known_in(query) not in TELEMETRY
 
     def _known_in(self, query: Mapping[str, str]) -> str:
         return next((name for name in query if self._is_known(name)), "")
