@@ -326,3 +326,23 @@ async def test_autocomplete_gives_up_in_its_own_time(start: Starter, upstream):
     assert "within 50 ms" in (read_autocomplete(raw, 2).error or "")
     raw = await proxy.chat(ASKED, headers={"X-Timeout-Ms": "300"})
     assert "within 300 ms" in read_chat(raw, 2).errors[0]
+
+
+async def test_a_fallback_has_knobs_of_its_own(start: Starter, upstream):
+    upstream.script(ANSWER)
+    found = block(upstream, {"chatTemperature": 0.1}, systemPreInstruction="In Latin.")
+    gone = {"type": "openaicompatible", "url": "http://127.0.0.1:1/v1"}
+    found["providerOverrides"].append({"id": "gone", "serverSideConfig": gone})
+    knobs = {"chatTemperature": 0.9, "chatTopP": 0.5, "chatPreInstruction": "Be brief."}
+    found["modelOverrides"].append(
+        {"modelRef": "gone::v1::m", "clientSideConfig": {"openaicompatible": knobs}}
+    )
+    fallback = {"gone::v1::m": {"fallback": REF}}
+    proxy = await start(found, models=fallback)
+    raw = await proxy.chat(ASKED | {"model": "gone::v1::m"})
+    assert read_chat(raw, 2).text == "Hello"
+    assert sampling(upstream) == {"temperature": 0.1, "max_tokens": 4000}
+    assert upstream.last.json()["messages"] == [
+        {"role": "system", "content": "In Latin."},
+        {"role": "user", "content": "hi"},
+    ]
