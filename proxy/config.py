@@ -20,7 +20,7 @@ from msgspec import Meta, field
 from msgspec.structs import replace
 from yaml.reader import ReaderError
 
-from proxy import modelconfig
+from proxy import modelconfig, tls, transport
 from proxy.errors import ConfigError
 from proxy.modelconfig import jsonc
 from proxy.modelconfig.check import hint, join, read as read_data
@@ -35,6 +35,7 @@ from proxy.modelconfig.resolved import (
     Timeouts,
 )
 from proxy.modelconfig.schema import Block, Keys
+from proxy.tls import ServerTls
 
 TOKENS_VARIABLE = "COMPLETIONS_PROXY_TOKENS"
 # What a server that does not say is taken to know; it says itself what is too much.
@@ -42,6 +43,7 @@ UNKNOWN_TOKENS = 32_768
 DEFAULT_LISTEN = "127.0.0.1:8080"
 
 Positive: TypeAlias = Annotated[int, Meta(gt=0)]
+Patience: TypeAlias = Annotated[float, Meta(ge=0)]
 
 
 class Limits(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
@@ -64,6 +66,13 @@ class KeepAlive(
     before_first_token: bool = False
 
 
+class Shutdown(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How long new connections, and then open replies, go on after a signal to stop."""
+
+    delay_s: Patience = field(name="delay", default=0.0)
+    grace_s: Patience = field(name="grace", default=10.0)
+
+
 class Token(msgspec.Struct, frozen=True):
     """Who may use the proxy. ``name`` is for logs, ``sha256`` of the token's text."""
 
@@ -79,7 +88,10 @@ class Token(msgspec.Struct, frozen=True):
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """All that the proxy is told. ``open`` means that it asks nobody for a token."""
+    """All that the proxy is told. ``open`` means that it asks nobody for a token.
+
+    ``files`` are those that it was read from; ``tls`` is None for plain HTTP.
+    """
 
     listen: tuple[tuple[str, int], ...]
     tokens: tuple[Token, ...]
@@ -92,6 +104,9 @@ class Settings(msgspec.Struct, frozen=True):
     passthrough: bool = False
     list_upstream_models: bool = False
     auth_header: str = "Authorization"
+    tls: ServerTls | None = None
+    shutdown: Shutdown = Shutdown()
+    files: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -134,6 +149,8 @@ class _Provider(Keys):
     balance: Literal["least-outstanding", "round-robin", "random"] = "least-outstanding"
     weights: list[Positive] = []
     timeouts: _Timeouts = field(default_factory=_Timeouts)
+    tls: transport.UpstreamFiles | None = None
+    use_environment_proxy: bool = False
 
 
 class _File(Keys):
@@ -143,6 +160,8 @@ class _File(Keys):
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
     keep_alive: KeepAlive = KeepAlive()
+    shutdown: Shutdown = Shutdown()
+    tls: transport.ServerFiles | None = None
     aliases: dict[str, str] = {}
     fallback: bool = False
     models: dict[str, _Model] = {}
@@ -186,7 +205,8 @@ def read(path: Path, environ: Mapping[str, str], listen: str | None = None) -> S
         raise ConfigError([f"cannot read {path}: {error.strerror}"]) from None
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path}: not UTF-8 at byte {error.start}"]) from None
-    return load(text, environ=environ, directory=path.parent, listen=listen)
+    settings = load(text, environ=environ, directory=path.parent, listen=listen)
+    return replace(settings, files=(str(path), *settings.files))
 
 
 _BARE_URL = re.compile(r"^([^:]+://[^/?#]+)/?$")
@@ -424,7 +444,10 @@ def _settings(
     if file is None:
         raise ConfigError(findings.problems)
 
+    files: list[str] = []
+
     def read_file(name: str) -> str:
+        files.append(str(directory / name))
         return (directory / name).read_text("utf-8")
 
     addresses = _addresses(listen or file.listen, findings)
@@ -432,7 +455,12 @@ def _settings(
     _check_access(addresses, tokens, file.auth, findings)
     if not file.cody_enabled:
         findings.warn("cody.enabled", "ignored")
+    server_tls = transport.server(file.tls, directory, findings)
     models = _models(file, read_file, findings)
+    if models is not None:
+        models = _connected(models, file, directory, environ, findings)
+        for provider in models.providers.values():
+            files += tls.files(provider.tls)
     if models is None or findings.problems:
         raise ConfigError(_first_of_each(findings.problems))
     return Settings(
@@ -449,6 +477,9 @@ def _settings(
         auth_header=file.auth.header
         if isinstance(file.auth, _Auth)
         else "Authorization",
+        tls=server_tls,
+        shutdown=file.shutdown,
+        files=tuple(dict.fromkeys((*files, *tls.files(server_tls)))),
         warnings=(*findings.warnings, *models.warnings),
     )
 
@@ -652,6 +683,27 @@ def _models(
     )
 
 
+def _connected(
+    models: ModelConfiguration,
+    file: _File,
+    directory: Path,
+    environ: Mapping[str, str],
+    findings: Findings,
+) -> ModelConfiguration:
+    providers = dict(models.providers)
+    for id, own in file.providers.items():
+        if id in providers:
+            providers[id] = transport.upstream(
+                providers[id],
+                own.tls,
+                own.use_environment_proxy,
+                directory,
+                environ,
+                findings,
+            )
+    return replace(models, providers=providers)
+
+
 def _provider_with_own(
     provider: Provider, own: _Provider | None, timeouts: Timeouts
 ) -> Provider:
@@ -695,6 +747,8 @@ def secrets(settings: Settings) -> list[str]:
         for endpoint in provider.endpoints
     ]
     plain = [secret for endpoint in endpoints for secret in endpoint.secrets if secret]
+    for provider in settings.models.providers.values():
+        plain += provider.egress.secrets if provider.egress else []
     # As they stand in the query of a URL, too.
     found = [
         form
@@ -709,6 +763,7 @@ def describe(settings: Settings) -> str:
     models = settings.models
     sections: dict[str, Sequence[tuple[str, ...]]] = {
         "listening": [(_host_port(*each),) for each in settings.listen],
+        "tls": [(settings.tls.certificate,)] if settings.tls else [],
         "access": [(_access(settings.tokens),)],
         "providers": _provider_rows(models),
         "models": [_model_row(model) for model in models.models],
@@ -721,6 +776,7 @@ def describe(settings: Settings) -> str:
         "fallback": [("unknown models become the default",)] * models.fallback,
         "timeouts": [(_timeouts(settings.timeouts),)],
         "limits": [(_limits(settings.limits),)],
+        "shutdown": [(_shutdown(settings.shutdown),)],
         "warnings": [(text,) for text in settings.warnings],
     }
     return "\n".join(
@@ -750,6 +806,10 @@ def _timeouts(timeouts: Timeouts) -> str:
         f"connect {timeouts.connect_s:g} s, chat {timeouts.chat_s:g} s,"
         f" code {timeouts.code_s:g} s"
     )
+
+
+def _shutdown(shutdown: Shutdown) -> str:
+    return f"delay {shutdown.delay_s:g} s, grace {shutdown.grace_s:g} s"
 
 
 def _limits(limits: Limits) -> str:
