@@ -20,7 +20,7 @@ from msgspec import Meta, field
 from msgspec.structs import replace
 from yaml.reader import ReaderError
 
-from proxy import modelconfig
+from proxy import modelconfig, tls, transport
 from proxy.dialects.cody import MAX_VERSION
 from proxy.errors import ConfigError
 from proxy.modelconfig import jsonc
@@ -38,6 +38,7 @@ from proxy.modelconfig.resolved import (
     Timeouts,
 )
 from proxy.modelconfig.schema import Block, Keys
+from proxy.tls import ServerTls
 
 TOKENS_VARIABLE = "COMPLETIONS_PROXY_TOKENS"
 # What a server that does not say is taken to know; it says itself what is too much.
@@ -47,6 +48,7 @@ CLIENT_OUTPUT_TOKENS = 4096
 DEFAULT_LISTEN = "127.0.0.1:8080"
 
 Positive: TypeAlias = Annotated[int, Meta(gt=0)]
+Patience: TypeAlias = Annotated[float, Meta(ge=0)]
 
 
 class Limits(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
@@ -97,6 +99,13 @@ class Instance(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_field
     hand_token_back: bool = False
 
 
+class Shutdown(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How long new connections, and then open replies, go on after a signal to stop."""
+
+    delay_s: Patience = field(name="delay", default=0.0)
+    grace_s: Patience = field(name="grace", default=10.0)
+
+
 class Token(msgspec.Struct, frozen=True):
     """Who may use the proxy. ``name`` is for logs, ``sha256`` of the token's text."""
 
@@ -112,7 +121,10 @@ class Token(msgspec.Struct, frozen=True):
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """All that the proxy is told. ``open`` means that it asks nobody for a token."""
+    """All that the proxy is told. ``open`` means that it asks nobody for a token.
+
+    ``files`` are those that it was read from; ``tls`` is None for plain HTTP.
+    """
 
     listen: tuple[tuple[str, int], ...]
     tokens: tuple[Token, ...]
@@ -127,6 +139,9 @@ class Settings(msgspec.Struct, frozen=True):
     auth_header: str = "Authorization"
     instance: Instance = Instance()
     origins: tuple[str, ...] = ()
+    tls: ServerTls | None = None
+    shutdown: Shutdown = Shutdown()
+    files: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -170,6 +185,8 @@ class _Provider(Keys):
     balance: Literal["least-outstanding", "round-robin", "random"] = "least-outstanding"
     weights: list[Positive] = []
     timeouts: _Timeouts = field(default_factory=_Timeouts)
+    tls: transport.UpstreamFiles | None = None
+    use_environment_proxy: bool = False
 
 
 class _File(Keys):
@@ -180,6 +197,8 @@ class _File(Keys):
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
     keep_alive: KeepAlive = KeepAlive()
+    shutdown: Shutdown = Shutdown()
+    tls: transport.ServerFiles | None = None
     aliases: dict[str, str] = {}
     fallback: bool = False
     models: dict[str, _Model] = {}
@@ -220,7 +239,8 @@ def load(
 def read(path: Path, environ: Mapping[str, str], listen: str | None = None) -> Settings:
     """Return the settings of the file at ``path``. Raises: ConfigError."""
     text = read_text(path)
-    return load(text, environ=environ, directory=path.parent, listen=listen)
+    settings = load(text, environ=environ, directory=path.parent, listen=listen)
+    return replace(settings, files=(str(path), *settings.files))
 
 
 def read_text(path: Path) -> str:
@@ -492,7 +512,10 @@ def _settings(
     if file is None:
         raise ConfigError(findings.problems)
 
+    files: list[str] = []
+
     def read_file(name: str) -> str:
+        files.append(str(directory / name))
         return (directory / name).read_text("utf-8")
 
     addresses = _addresses(listen or file.listen, findings)
@@ -502,7 +525,12 @@ def _settings(
         findings.warn("cody.enabled", "ignored")
     _check_instance(file.instance, findings)
     _check_origins(file.origins, findings)
+    server_tls = transport.server(file.tls, directory, findings)
     models = _models(file, read_file, findings)
+    if models is not None:
+        models = _connected(models, file, directory, environ, findings)
+        for provider in models.providers.values():
+            files += tls.files(provider.tls)
     if models is None or findings.problems:
         raise ConfigError(_first_of_each(findings.problems))
     return Settings(
@@ -521,6 +549,9 @@ def _settings(
         else "Authorization",
         instance=file.instance,
         origins=tuple(file.origins),
+        tls=server_tls,
+        shutdown=file.shutdown,
+        files=tuple(dict.fromkeys((*files, *tls.files(server_tls)))),
         warnings=(*findings.warnings, *models.warnings),
     )
 
@@ -768,6 +799,27 @@ def _models(
     )
 
 
+def _connected(
+    models: ModelConfiguration,
+    file: _File,
+    directory: Path,
+    environ: Mapping[str, str],
+    findings: Findings,
+) -> ModelConfiguration:
+    providers = dict(models.providers)
+    for id, own in file.providers.items():
+        if id in providers:
+            providers[id] = transport.upstream(
+                providers[id],
+                own.tls,
+                own.use_environment_proxy,
+                directory,
+                environ,
+                findings,
+            )
+    return replace(models, providers=providers)
+
+
 def _provider_with_own(
     provider: Provider, own: _Provider | None, timeouts: Timeouts
 ) -> Provider:
@@ -812,6 +864,8 @@ def secrets(settings: Settings) -> list[str]:
         for endpoint in provider.endpoints
     ]
     plain = [secret for endpoint in endpoints for secret in endpoint.secrets if secret]
+    for provider in settings.models.providers.values():
+        plain += provider.egress.secrets if provider.egress else []
     # As they stand in the query of a URL, too.
     found = [
         form
@@ -826,6 +880,7 @@ def describe(settings: Settings) -> str:
     models = settings.models
     sections: dict[str, Sequence[tuple[str, ...]]] = {
         "listening": [(_host_port(*each),) for each in settings.listen],
+        "tls": [(settings.tls.certificate,)] if settings.tls else [],
         "access": [(_access(settings.tokens),)],
         "providers": _provider_rows(models),
         "models": [_model_row(model) for model in models.models],
@@ -838,6 +893,7 @@ def describe(settings: Settings) -> str:
         "fallback": [("unknown models become the default",)] * models.fallback,
         "timeouts": [(_timeouts(settings.timeouts),)],
         "limits": [(_limits(settings.limits),)],
+        "shutdown": [(_shutdown(settings.shutdown),)],
         "warnings": [(text,) for text in settings.warnings],
     }
     return "\n".join(
@@ -867,6 +923,10 @@ def _timeouts(timeouts: Timeouts) -> str:
         f"connect {timeouts.connect_s:g} s, chat {timeouts.chat_s:g} s,"
         f" code {timeouts.code_s:g} s"
     )
+
+
+def _shutdown(shutdown: Shutdown) -> str:
+    return f"delay {shutdown.delay_s:g} s, grace {shutdown.grace_s:g} s"
 
 
 def _limits(limits: Limits) -> str:

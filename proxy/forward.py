@@ -12,13 +12,16 @@ from aiohttp import web
 from proxy.dialects.base import EVENT_STREAM
 from proxy.errors import (
     DeadlineExceeded,
+    ShuttingDown,
     UnknownPath,
     UpstreamFault,
     UpstreamGarbled,
     UpstreamTruncated,
 )
 from proxy.hop import end_to_end
+from proxy.interrupt import Work
 from proxy.outcome import Outcome
+from proxy.relay import LAST_WRITE_S
 from proxy.upstream import Upstream, UpstreamReply
 
 # The client's credentials are for the proxy; lengths and encodings are kept, since the
@@ -42,6 +45,12 @@ _ENDS = (
     b"[DONE]",
 )
 _LONGEST_END = max(map(len, _ENDS))
+_BETWEEN_EVENTS = (b"\n\n", b"\r\n\r\n")
+# An error as the Responses API says it.
+_STOPPED = (
+    b'event: error\ndata: {"type":"error","code":"server_error","message":"'
+    b'the proxy is shutting down","param":null,"sequence_number":0}\n\n'
+)
 # What aiohttp undoes.
 _UNPACKED = frozenset(("gzip", "deflate", "br", "zstd"))
 _NOT_DOWN = ("set-cookie", "server", "date")
@@ -55,6 +64,7 @@ async def forward(
     endpoint: str,
     own_headers: Mapping[str, str],
     outcome: Outcome,
+    work: Work,
     *,
     body: bytes | None = None,
     without: Iterable[str] = (),
@@ -66,6 +76,7 @@ async def forward(
 
     Args:   body: instead of the request's own, when that was read already.
             endpoint: what error messages call the upstream.
+            work: what shutting down interrupts; the caller has entered it.
             without: further headers of the client's that stay here (lower case).
             deadline_s: when the head of the reply has to be there.
             is_optional: not every server has this path; say so clearly.
@@ -86,7 +97,7 @@ async def forward(
                 if reply.status >= 400:
                     outcome.kind = "upstream_status"
                 _check(reply, request.path, endpoint, is_optional, clients_credential)
-                return await _pass_down(request, reply, own_headers, outcome)
+                return await _pass_down(request, reply, own_headers, outcome, work)
     except TimeoutError:
         raise DeadlineExceeded(
             f"context deadline exceeded: upstream {endpoint} did not answer in time"
@@ -138,6 +149,7 @@ async def _pass_down(
     reply: UpstreamReply,
     own_headers: Mapping[str, str],
     outcome: Outcome,
+    work: Work,
 ) -> web.StreamResponse:
     down = end_to_end(reply.pairs, without=_NOT_DOWN)
     response = web.StreamResponse(status=reply.status, headers=down)
@@ -152,24 +164,43 @@ async def _pass_down(
         response.enable_chunked_encoding()
     await response.prepare(request)
     ends = _ENDS if reply.header("content-type").startswith(EVENT_STREAM) else ()
-    is_ended = not ends or not request.path.endswith("/responses")
-    seen = b""
+    is_watched = bool(ends) and request.path.endswith("/responses")
+    is_ended = not is_watched
+    seen = b"\n\n"
     try:
         while data := await reply.read():
-            if not is_ended:
+            if is_watched:
                 seen = seen[-_LONGEST_END:] + data
-                is_ended = any(end in seen for end in ends)
+                is_ended = is_ended or any(end in seen for end in ends)
             await response.write(data)
         if not is_ended:
             raise UpstreamTruncated("upstream closed the stream before its end")
     except UpstreamFault as fault:
         # The client must see that it is not whole; nothing else can be said.
         outcome.kind, outcome.error = fault.kind, fault.log_text
-        if request.transport is not None:
-            request.transport.abort()
-        raise ConnectionResetError("aborted") from fault
+        raise _aborted(request) from fault
+    except asyncio.CancelledError:
+        if not work.take_interrupt():
+            raise
+        stopped = ShuttingDown()
+        outcome.kind, outcome.error = stopped.kind, stopped.log_text
+        is_between = seen.endswith(_BETWEEN_EVENTS) and not response.content_length
+        if not is_watched or not is_between:
+            raise _aborted(request) from None
+        try:
+            async with asyncio.timeout(LAST_WRITE_S):
+                await response.write_eof(b"" if is_ended else _STOPPED)
+        except TimeoutError:  # the client does not read
+            raise _aborted(request) from None
+        return response
     await response.write_eof()
     return response
+
+
+def _aborted(request: web.BaseRequest) -> ConnectionResetError:
+    if request.transport is not None:
+        request.transport.abort()
+    return ConnectionResetError("aborted")
 
 
 def _may_have_body(request: web.BaseRequest, status: int) -> bool:

@@ -3,8 +3,9 @@
 Lines go to a text stream; a reader that is gone or full must not stop the proxy.
 """
 
+import select
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import TextIO
 
@@ -14,6 +15,7 @@ from proxy.outcome import Outcome
 from proxy.redact import Redactor
 
 _encode = msgspec.json.Encoder().encode
+PIPE_BYTES = select.PIPE_BUF
 
 
 class ExchangeLog:
@@ -83,13 +85,26 @@ class ExchangeLog:
             self._later(self.flush)
 
     def flush(self) -> None:
-        text = "".join(f"{line.decode()}\n" for line in self._lines)
-        self._lines.clear()
+        lines, self._lines = self._lines, []
         try:
-            self._stream.write(text)
-            self._stream.flush()
+            for piece in _pieces(lines):
+                self._stream.write(piece.decode())
+                self._stream.flush()
         except (OSError, ValueError):
             pass  # a broken pipe or a closed stream: serving matters more
+
+
+def _pieces(lines: list[bytes]) -> Iterator[bytes]:
+    """Join whole lines, no more than a pipe takes as one: else those of several
+    processes would mix.
+    """
+    piece = b""
+    for line in lines:
+        if piece and len(piece) + len(line) >= PIPE_BYTES:
+            yield piece
+            piece = b""
+        piece += line + b"\n"
+    yield piece
 
 
 @lru_cache(maxsize=2)

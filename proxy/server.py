@@ -7,11 +7,12 @@ errors, and the low-level server itself.
 import asyncio
 import contextlib
 import logging
-import os
 import random
 import re
+import socket
+import ssl
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from typing import TypeAlias, cast
 from urllib.parse import unquote
 
@@ -20,7 +21,7 @@ import msgspec
 from aiohttp import web
 from msgspec import json, structs
 
-from proxy import __version__, pages, routes
+from proxy import __version__, pages, routes, sockets
 from proxy.auth import NOT_GIVEN, Access, credential
 from proxy.completion import CompletionRequest
 from proxy.config import Settings
@@ -48,6 +49,7 @@ from proxy.errors import (
     PayloadTooLarge,
     ProxyError,
     RequestTimeout,
+    ShuttingDown,
     Unauthorized,
     UnknownPath,
     UpstreamFault,
@@ -55,6 +57,7 @@ from proxy.errors import (
 )
 from proxy.forward import forward
 from proxy.instance import Instance, Page, Visit
+from proxy.interrupt import Interruptible, Work
 from proxy.knobs import knobs_of
 from proxy.log import ExchangeLog
 from proxy.modelconfig.resolved import Endpoint, Model, Provider as ProviderSettings
@@ -65,6 +68,7 @@ from proxy.providers.base import Asked, Call, Native, pass_on, token_query
 from proxy.redact import Redactor
 from proxy.relay import LAST_WRITE_S, Relay
 from proxy.response import Response, own_headers
+from proxy.tls import renew, server_context
 from proxy.upstream import Upstream
 from proxy.usage import UsageCounter
 
@@ -80,6 +84,9 @@ _http_logger = logging.getLogger("proxy.http")
 _http_logger.addFilter(lambda record: not record.exc_info)
 _NO_PATH = Reply(400, "text/plain; charset=utf-8", b"the request names no path\n")
 _HEALTHY = Reply(200, "text/plain; charset=utf-8", __version__.encode())
+_STOPPING = Reply(503, "text/plain; charset=utf-8", b"shutting down\n")
+# How long a client may take to shake hands over TLS.
+_HANDSHAKE_S = 15.0
 _PRINTABLE_PATH = re.compile(r"/[!-~]*")
 _MOST_ENCODINGS = 4
 # First lines of requests that are remembered with what they come to.
@@ -117,7 +124,14 @@ class Proxy:
             provider.client_credentials
             for provider in settings.models.providers.values()
         )
-        self.relays: set[Relay] = set()  # those that are running
+        # Each provider's, for those that are connected to in their own way.
+        self.upstreams = {
+            provider.id: upstream.apart(provider.tls, provider.egress)
+            for provider in settings.models.providers.values()
+        }
+        self.is_stopping = False  # health checks fail
+        self.is_closed = False  # new requests are refused, too
+        self.relays: set[Interruptible] = set()  # what is running
         self.is_idle = asyncio.Event()
         self.is_idle.set()
         self._incoming = routes.incoming(settings)
@@ -135,20 +149,33 @@ class Proxy:
             response.more = self.origins.lines(request.headers)
         return response
 
-    def started(self, relay: Relay) -> None:
-        """Count a relay among the running ones."""
+    def started(self, relay: Interruptible) -> None:
+        """Count a relay, or what is like it, among the running ones."""
         self.relays.add(relay)
         self.is_idle.clear()
 
-    def finished(self, relay: Relay) -> None:
+    def finished(self, relay: Interruptible) -> None:
         self.relays.discard(relay)
         if not self.relays:
             self.is_idle.set()
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[Work]:
+        """Count what runs inside, too. Raises: ShuttingDown: out of it."""
+        work = Work()
+        self.started(work)
+        try:
+            with work:
+                yield work
+        finally:
+            self.finished(work)
 
     async def handle(self, request: web.BaseRequest) -> AnyResponse:
         """Answer one request, whatever happens, and write its log line."""
         target = self._targets.get(request.raw_path) or self._target(request)
         reply = target.reply
+        if reply is _HEALTHY and self.is_stopping:
+            reply = _STOPPING
         if self.origins is not None and reply is None:
             reply = self.origins.preflight(request.method, request.headers)
         if reply is not None:
@@ -273,6 +300,8 @@ class _Handling:
 
     def _check(self, head: Head) -> None:
         """Refuse what needs no look at the body, in the order clients know."""
+        if self._proxy.is_closed:
+            raise ShuttingDown
         if head.method != "POST":
             raise MethodNotAllowed("Method Not Allowed", headers={"Allow": "POST"})
         self._check_token(head)
@@ -322,9 +351,10 @@ class _Handling:
                 if len(body) > limit:
                     raise _too_large(limit)
                 return body
-            limit_s = self._timeout_s(self._proxy.settings.timeouts.chat_s)
-            async with asyncio.timeout_at(self._started_s + limit_s):
-                return await request.read()
+            with self._proxy.interruptible():
+                limit_s = self._timeout_s(self._proxy.settings.timeouts.chat_s)
+                async with asyncio.timeout_at(self._started_s + limit_s):
+                    return await request.read()
         except TimeoutError:
             raise RequestTimeout("the request's body did not come in time") from None
         except web.HTTPRequestEntityTooLarge:
@@ -381,7 +411,8 @@ class _Handling:
             call = self._call(asked, member.endpoint)
             relay = self._relay(asked, call)
             try:
-                await relay.run(self._proxy.upstream, self._started_s, timeout_s)
+                upstream = self._proxy.upstreams[asked.settings.id]
+                await relay.run(upstream, self._started_s, timeout_s)
                 return
             except UpstreamFault as fault:
                 tried.append(member)
@@ -578,6 +609,8 @@ class _Page(_Handling):
 
     async def run(self) -> AnyResponse:
         try:
+            if self._proxy.is_closed:
+                raise ShuttingDown
             if (page := self._proxy.instance.page(self._head)) is not None:
                 return await self._visit(page, self._head)
             if not self._is_known():
@@ -616,7 +649,8 @@ class _Page(_Handling):
         if is_get and path.startswith(_MODEL_LISTS):
             listed = pages.configured(models, refs=path.startswith("/.api/"))
             if self._proxy.settings.list_upstream_models:
-                listed += await self._reported({model.id for model in listed})
+                with self._proxy.interruptible():
+                    listed += await self._reported({model.id for model in listed})
             anthropic = "anthropic-version" in head.headers
             return self._say(pages.model_list(path, listed, anthropic=anthropic))
         if is_get and path == "/v1/limits":
@@ -673,20 +707,23 @@ class _Page(_Handling):
         fault: ProxyError | None = None
         is_complete = False
         try:
-            response = await forward(
-                self._request,
-                proxy.upstream,
-                f"{url}?{whole_query}" if whole_query else url,
-                provider.credentials(endpoint),
-                endpoint.name,
-                own_headers(self._outcome.id),
-                self._outcome,
-                body=body,
-                without=(proxy.settings.auth_header.lower(),),
-                deadline_s=self._started_s + self._timeout_s(settings.timeouts.chat_s),
-                is_optional=self._path in routes.FORWARDED,
-                clients_credential=settings.client_credentials,
-            )
+            with proxy.interruptible() as work:
+                response = await forward(
+                    self._request,
+                    proxy.upstreams[settings.id],
+                    f"{url}?{whole_query}" if whole_query else url,
+                    provider.credentials(endpoint),
+                    endpoint.name,
+                    own_headers(self._outcome.id),
+                    self._outcome,
+                    work,
+                    body=body,
+                    without=(proxy.settings.auth_header.lower(),),
+                    deadline_s=self._started_s
+                    + self._timeout_s(settings.timeouts.chat_s),
+                    is_optional=self._path in routes.FORWARDED,
+                    clients_credential=settings.client_credentials,
+                )
             is_complete = True
             return response
         except UpstreamFault as error:
@@ -725,7 +762,7 @@ class _Page(_Handling):
             url = f"{provider.root(endpoint).rstrip('/')}/v1/models"
             with contextlib.suppress(UpstreamFault, TimeoutError):
                 async with asyncio.timeout(_LIST_S):
-                    body = await self._proxy.upstream.get(
+                    body = await self._proxy.upstreams[settings.id].get(
                         url, provider.credentials(endpoint), endpoint.name
                     )
                 found += pages.reported(settings.id, body)
@@ -770,33 +807,46 @@ def _authorization(head: Head, header: str) -> str | None:
 class Listener:
     """The low-level server on its sockets.
 
-    ``start`` takes all addresses or none; ``stop`` lets open replies go on for
-    ``grace_s`` and then ends each with an error in its dialect.
+    ``swap`` puts another proxy, that is another configuration, in the place of the one
+    that answers; what is open is finished by the one that began it. ``stop`` goes by
+    ``shutdown`` in the configuration and ends what is left with an error in its dialect.
+
+    Args: listening: sockets that listen already, instead of the addresses configured.
     """
 
-    def __init__(self, proxy: Proxy, grace_s: float = 10.0) -> None:
+    def __init__(
+        self, proxy: Proxy, listening: list[socket.socket] | None = None
+    ) -> None:
         self._proxy = proxy
-        server = web.Server(
-            # What it asks of a response, ours can answer.
-            cast(
-                "Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]",
-                proxy.handle,
-            ),
+        self._retired: dict[asyncio.Task[None], Proxy] = {}
+        self._listening = listening
+        self._tls: ssl.SSLContext | None = None
+        self._servers: list[asyncio.Server] = []
+        self._server = web.Server(
+            self._handle,
             request_factory=self._request,
             # Without this a client's hang-up is noticed only at the next write.
             handler_cancellation=True,
             logger=_http_logger,
             access_log=None,
         )
-        self._grace_s = grace_s
         # aiohttp takes 0 for "as long as it takes".
-        self._runner = web.ServerRunner(server, shutdown_timeout=0.001, access_log=None)
+        self._runner = web.ServerRunner(
+            self._server, shutdown_timeout=0.001, access_log=None
+        )
         self._loop = asyncio.get_running_loop()
+        self._hurried = asyncio.Event()
+
+    def _handle(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
+        # What aiohttp asks of a response, ours can answer.
+        return cast("Awaitable[web.StreamResponse]", self._proxy.handle(request))
 
     # aiohttp gives the factory's arguments no public types.
     def _request(  # type: ignore[no-untyped-def]
         self, message, payload, protocol, writer, task
     ):
+        if self._proxy.is_stopping:  # the client goes elsewhere with its next request
+            message = message._replace(should_close=True)
         return web.BaseRequest(
             message,
             payload,
@@ -811,38 +861,89 @@ class Listener:
     async def start(self) -> list[tuple[str, int]]:
         """Return the addresses that are listened on.
 
-        Raises: OSError: one of them cannot be had.
+        Raises: OSError: one of them cannot be had. BadFile.
         """
+        settings = self._proxy.settings
+        if settings.tls is not None:
+            self._tls = server_context(settings.tls)
+        if self._listening is None:
+            self._listening = sockets.listen(settings.listen)
         await self._runner.setup()
-        for host, port in self._proxy.settings.listen:
-            try:
-                await web.TCPSite(self._runner, host, port, backlog=1024).start()
-            except OSError as error:
-                number = error.errno or 0
-                reason = os.strerror(number).lower() if number > 0 else str(error)
-                raise OSError(
-                    number, f"cannot listen on {host}:{port}: {reason}"
-                ) from error
-        return [address[:2] for address in self._runner.addresses]
+        for each in self._listening:
+            server = await self._loop.create_server(
+                self._server,
+                sock=each,
+                backlog=sockets.BACKLOG,
+                ssl=self._tls,
+                ssl_handshake_timeout=_HANDSHAKE_S if self._tls else None,
+            )
+            self._servers.append(server)
+        return [
+            each.getsockname()[:2]
+            for server in self._servers
+            for each in server.sockets
+        ]
+
+    def swap(self, proxy: Proxy) -> None:
+        """Let another proxy answer from now on. Raises: BadFile: nothing has changed."""
+        if self._tls is not None and proxy.settings.tls is not None:
+            renew(self._tls, proxy.settings.tls)
+        old, self._proxy = self._proxy, proxy
+        proxy.is_stopping, proxy.is_closed = old.is_stopping, old.is_closed
+        task = self._loop.create_task(_retire(old))
+        self._retired[task] = old
+        task.add_done_callback(self._retired.pop)
+
+    @property
+    def _proxies(self) -> list[Proxy]:
+        """All that have something open."""
+        return [self._proxy, *self._retired.values()]
 
     @property
     def is_busy(self) -> bool:
-        return bool(self._proxy.relays)
+        return any(proxy.relays for proxy in self._proxies)
 
     def hurry(self) -> None:
-        """End open replies now, with an error in each one's dialect."""
-        for relay in list(self._proxy.relays):
-            relay.interrupt()
+        """Wait for nobody any more: end open replies with an error in their dialect."""
+        if self._hurried.is_set():
+            return  # an error that is on its way must not be interrupted
+        self._hurried.set()
+        for proxy in self._proxies:
+            proxy.is_closed = True
+            for relay in list(proxy.relays):
+                relay.interrupt()
 
     async def stop(self) -> None:
-        for site in list(self._runner.sites):
-            await site.stop()
-        await self._drain(self._grace_s)
+        shutdown = self._proxy.settings.shutdown
+        self._proxy.is_stopping = True
+        if self._servers and shutdown.delay_s:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(shutdown.delay_s):
+                    await self._hurried.wait()
+        for server in self._servers:
+            server.close()
+        self._proxy.is_closed = True
+        await self._drain(shutdown.grace_s)
         self.hurry()
         await self._drain(LAST_WRITE_S)
         await self._runner.cleanup()
+        for proxy in self._proxies:
+            await _put_away(proxy)
+        for task in list(self._retired):
+            task.cancel()
 
     async def _drain(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._proxy.is_idle.wait()
+                for proxy in self._proxies:
+                    await proxy.is_idle.wait()
+
+
+async def _retire(proxy: Proxy) -> None:
+    await proxy.is_idle.wait()
+    await _put_away(proxy)
+
+
+async def _put_away(proxy: Proxy) -> None:
+    await proxy.upstream.close()
+    proxy.log.flush()

@@ -7,21 +7,37 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent / "proxy"
 
 FLOORS = [
-    {"errors", "sse", "completion", "stops", "redact", "hop"},
+    {
+        "errors",
+        "sse",
+        "completion",
+        "stops",
+        "redact",
+        "hop",
+        "tls",
+        "egress",
+        "watch",
+        "plan",
+        "status",
+    },
     {"dialects", "providers", "modelconfig"},
     {
         *("exchange", "passthrough", "outcome", "log"),
-        *("auth", "config", "pool", "routes", "pages"),
+        *("auth", "config", "pool", "routes", "pages", "transport"),
         *("cors", "instance", "knobs", "siteconfig", "usage"),
     },
-    {"upstream", "response", "relay", "forward", "server", "simulator", "probe"},
-    {"__main__"},
+    {
+        *("upstream", "response", "relay", "forward", "server", "simulator", "probe"),
+        *("sockets", "interrupt"),
+    },
+    {"__main__", "serve", "workers"},
 ]
 # Rooms of one floor are independent of one another, but for these.
 NEIGHBOURS = {
     "sse": {"errors"},
     "completion": {"errors"},
     "providers": {"dialects", "modelconfig"},
+    "config": {"transport"},
     "log": {"outcome"},
     "auth": {"config"},
     "routes": {"config"},
@@ -30,8 +46,11 @@ NEIGHBOURS = {
     "instance": {"auth", "config", "usage"},
     "relay": {"upstream", "response"},
     "probe": {"upstream"},
-    "forward": {"upstream"},
-    "server": {"relay", "forward", "response", "upstream"},
+    "forward": {"upstream", "interrupt", "relay"},
+    "server": {"relay", "forward", "response", "upstream", "interrupt", "sockets"},
+    "workers": {"serve"},
+    "status": {"errors"},
+    "__main__": {"serve", "workers"},
 }
 WAITING = {"asyncio", "aiohttp", "socket", "threading", "uvloop"}
 

@@ -1,13 +1,9 @@
 """The command line, run as a user runs it."""
 
 import asyncio
-import contextlib
 import json
-import os
-import re
 import signal
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +14,7 @@ from tests.support.client import request
 from tests.support.cody import read_chat
 from tests.support.fixtures import QUESTION
 from tests.support.instance import PRIVATE, CommandLine
+from tests.support.process import ENVIRON, serve
 from tests.support.upstream import (
     Hang,
     ScriptedUpstream,
@@ -29,45 +26,6 @@ from tests.support.upstream import (
 )
 
 DATA = Path(__file__).parent / "data"
-ENVIRON = {k: v for k, v in os.environ.items() if k != "COMPLETIONS_PROXY_TOKENS"}
-
-
-class Running:
-    def __init__(self, process: asyncio.subprocess.Process, said: str, url: str):
-        self.process, self.said, self.url = process, said, url
-
-    async def stop(self) -> tuple[int, str]:
-        """Return the exit status and what was written to the standard output."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGTERM)
-        out, _ = await asyncio.wait_for(self.process.communicate(), 15)
-        assert self.process.returncode is not None
-        return self.process.returncode, out.decode()
-
-
-@contextlib.asynccontextmanager
-async def serve(*arguments: str, **environ: str) -> AsyncIterator[Running]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "proxy", "serve", "--listen", "127.0.0.1:0", *arguments),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=ENVIRON | environ,
-    )
-    assert process.stderr is not None
-    said = ""
-    async with asyncio.timeout(20):
-        while "--data-raw" not in said:
-            line = await process.stderr.readline()
-            assert line, said
-            said += line.decode()
-    match = re.search(r"Serving (http://\S+);", said)
-    assert match, said
-    running = Running(process, said, match[1])
-    try:
-        yield running
-    finally:
-        await running.stop()
 
 
 async def chat(url: str, **headers: str) -> str:

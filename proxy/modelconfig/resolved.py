@@ -13,7 +13,9 @@ import msgspec
 from msgspec import field
 
 from proxy.completion import Feature
+from proxy.egress import Egress
 from proxy.errors import UnknownModel
+from proxy.tls import UpstreamTls
 
 # User information ends at the last @ before the path: a password may hold an @ too.
 _URL = re.compile(
@@ -94,7 +96,8 @@ class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Provider(msgspec.Struct, frozen=True):
     """One entry of ``providerOverrides``; ``type`` is its ``serverSideConfig.type``.
 
-    What stands after ``api_version`` are own settings, see the README.
+    What stands after ``api_version`` are own settings, see the README; ``tls`` and
+    ``egress`` say how its servers are connected to.
     The three fields before them are for ``azureOpenAI``. The URL of an endpoint is as
     configured; it is "" where the type has a default that its provider code knows.
     """
@@ -114,6 +117,8 @@ class Provider(msgspec.Struct, frozen=True):
     balance: Literal["least-outstanding", "round-robin", "random"] = "least-outstanding"
     weights: tuple[int, ...] = ()
     timeouts: Timeouts = Timeouts()
+    tls: UpstreamTls | None = None
+    egress: Egress | None = None
 
     @property
     def server_profile(self) -> str:

@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeAlias
 import aiohappyeyeballs
 import yarl
 
+from proxy.egress import Egress
 from proxy.errors import (
     ConnectTimeout,
     ProxyError,
@@ -26,7 +27,9 @@ from proxy.errors import (
     UpstreamTruncated,
     UpstreamUnreachable,
 )
+from proxy.tls import UpstreamTls, distrust, upstream_context
 from proxy.upstream.connection import BadReply, Connection, ConnectionFailed
+from proxy.upstream.tunnel import TunnelFailed, open_tunnel
 
 Body: TypeAlias = bytes | AsyncIterator[bytes] | None
 
@@ -236,16 +239,44 @@ def _unpacker(encoding: str) -> _Unpacker | None:
 
 
 class Upstream:
-    """All connections to upstreams, kept alive between calls."""
+    """All connections to upstreams, kept alive between calls.
 
-    def __init__(self) -> None:
+    Args: tls: how servers are verified; None: by the system's authorities.
+          egress: the HTTP proxies to go through; None: directly.
+    Raises: BadFile: one of ``tls``.
+    """
+
+    def __init__(
+        self, tls: UpstreamTls | None = None, egress: Egress | None = None
+    ) -> None:
+        self._tls_settings = tls
+        self._egress = egress
+        self._others: dict[tuple[UpstreamTls | None, Egress | None], Upstream] = {}
         self._idle: dict[tuple[str, str, int], list[Connection]] = {}
-        self._tls: ssl.SSLContext | None = None
+        # The system's authorities take some milliseconds, so only where needed.
+        self._tls = None if tls is None else upstream_context(tls)
         # Asked for once: CPython 3.11 makes a system call for each answer.
         self._loop = asyncio.get_running_loop()
         self._sweeper: asyncio.TimerHandle | None = None
+        self._is_closed = False
+
+    def apart(self, tls: UpstreamTls | None, egress: Egress | None) -> "Upstream":
+        """Return the connections made in another way; they are closed with these.
+
+        A connection must not serve a provider that would not have trusted it.
+        Raises: BadFile.
+        """
+        if (tls, egress) == (self._tls_settings, self._egress):
+            return self
+        if (tls, egress) not in self._others:
+            self._others[tls, egress] = Upstream(tls, egress)
+        return self._others[tls, egress]
 
     async def close(self) -> None:
+        """Close what is idle; what is in use is closed when it comes back."""
+        self._is_closed = True
+        for other in self._others.values():
+            await other.close()
         if self._sweeper is not None:
             self._sweeper.cancel()
         for connections in self._idle.values():
@@ -303,7 +334,7 @@ class Upstream:
 
     def give_back(self, target: _Target, connection: Connection) -> None:
         """Keep a connection for the next call, if another may follow on it."""
-        if not connection.is_reusable:
+        if self._is_closed or not connection.is_reusable:
             connection.abort()
             return
         connection.release()
@@ -337,15 +368,9 @@ class Upstream:
         """Raises: OSError, TimeoutError, UnicodeError: of a name that is none."""
         loop = self._loop
         async with asyncio.timeout(connect_s):
-            addresses = await _resolve(target)
-            raw = await aiohappyeyeballs.start_connection(
-                addresses,
-                happy_eyeballs_delay=HAPPY_EYEBALLS_S,
-                interleave=1,
-                loop=loop,
-            )
-            tls = self._context() if target.scheme == "https" else None
+            raw = await self._connect_socket(target)
             try:
+                tls = self._context() if target.scheme == "https" else None
                 _, connection = await loop.create_connection(
                     Connection,
                     sock=raw,
@@ -357,10 +382,36 @@ class Upstream:
                 raise
         return connection
 
+    async def _connect_socket(self, target: _Target) -> socket.socket:
+        """Return a socket at whose other end the target is, through a proxy or not."""
+        if self._egress is None:
+            return await self._dial(target)
+        where = (target.scheme, target.host, target.port)
+        if not (url := self._egress.proxy_for(*where)):
+            return await self._dial(target)
+        proxy = _target(url)
+        try:
+            raw = await self._dial(proxy)
+        except (OSError, UnicodeError) as error:
+            raise TunnelFailed("cannot be reached") from error
+        try:
+            await open_tunnel(raw, target.host, target.port, proxy.basic)
+        except BaseException:
+            raw.close()
+            raise
+        return raw
+
+    async def _dial(self, target: _Target) -> socket.socket:
+        return await aiohappyeyeballs.start_connection(
+            await _resolve(target),
+            happy_eyeballs_delay=HAPPY_EYEBALLS_S,
+            interleave=1,
+            loop=self._loop,
+        )
+
     def _context(self) -> ssl.SSLContext:
-        # Reading the certificates takes some milliseconds, so only where needed.
         if self._tls is None:
-            self._tls = ssl.create_default_context()
+            self._tls = upstream_context(None)
         return self._tls
 
 
@@ -518,7 +569,6 @@ def _encoded_head(target: _Target, method: str, *headers: tuple[str, str]) -> by
 
 # The first that fits counts.
 _REASONS: tuple[tuple[type[Exception], str], ...] = (
-    (ssl.SSLCertVerificationError, "its certificate is not trusted"),
     (ssl.SSLError, "TLS handshake failed"),
     (socket.gaierror, "host name cannot be resolved"),
     (UnicodeError, "host name cannot be resolved"),
@@ -532,6 +582,10 @@ _REASONS: tuple[tuple[type[Exception], str], ...] = (
 
 def _reason(error: Exception) -> str:
     """Why, in words that name neither an address nor a key."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return distrust(error)
+    if isinstance(error, TunnelFailed):
+        return f"the HTTP proxy on the way {error}"
     for kind, words in _REASONS:
         if isinstance(error, kind):
             return words

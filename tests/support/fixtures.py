@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from msgspec.structs import replace
 
 from proxy import config
 from proxy.log import ExchangeLog
@@ -91,11 +92,12 @@ async def running(
     settings: config.Settings, grace_s: float = 0.0
 ) -> AsyncIterator[RunningProxy]:
     """Run the proxy as ``serve`` does, minus the command line."""
+    settings = replace(settings, shutdown=config.Shutdown(grace_s=grace_s))
     log = io.StringIO()
     redact = Redactor(config.secrets(settings))
     upstream = Upstream()
     proxy = Proxy(settings, upstream, ExchangeLog(log, redact), redact)
-    listener = Listener(proxy, grace_s=grace_s)
+    listener = Listener(proxy)
     try:
         addresses = await listener.start()
         yield RunningProxy(f"http://127.0.0.1:{addresses[0][1]}", log)
