@@ -57,6 +57,7 @@ from proxy.forward import forward
 from proxy.instance import Instance, Page, Visit
 from proxy.knobs import knobs_of
 from proxy.log import ExchangeLog
+from proxy.metrics import PUBLISH_S, Board, Metrics
 from proxy.modelconfig.resolved import Endpoint, Model, Provider as ProviderSettings
 from proxy.outcome import Outcome
 from proxy.pool import Member, Pool
@@ -95,7 +96,12 @@ class Proxy:
     """Answers every request: ``handle`` is the handler of the low-level server."""
 
     def __init__(
-        self, settings: Settings, upstream: Upstream, log: ExchangeLog, redact: Redactor
+        self,
+        settings: Settings,
+        upstream: Upstream,
+        log: ExchangeLog,
+        redact: Redactor,
+        board: Board | None = None,
     ) -> None:
         # Asked for once: CPython 3.11 makes a system call for each answer.
         self.loop = asyncio.get_running_loop()
@@ -121,6 +127,9 @@ class Proxy:
         self.is_idle = asyncio.Event()
         self.is_idle.set()
         self._incoming = routes.incoming(settings)
+        self.board = board
+        self.metrics = Metrics(routes.dialects(self._incoming))
+        self._tell(self.metrics)
         self._targets: dict[str, _Target] = {}
         # Path, streamed or not, model, endpoint: as many as the configuration has.
         self.natives: dict[tuple[str, bool, str, int], Native | None] = {}
@@ -134,6 +143,25 @@ class Proxy:
         if self.origins is not None:
             response.more = self.origins.lines(request.headers)
         return response
+
+    def take_over(self, old: "Proxy") -> None:
+        """Go on with what another one counted that this one replaces."""
+        self.metrics = old.metrics
+        self.metrics.name(routes.dialects(self._incoming))
+        self._tell(self.metrics)
+
+    def _tell(self, metrics: Metrics) -> None:
+        """Say what only the proxy knows."""
+        metrics.read("in_flight", lambda: {"": len(self.relays)})
+        metrics.read(
+            "upstream_connections",
+            lambda: {"in_use": len(self.relays), "idle": self.upstream.idle},
+        )
+
+    def metrics_page(self, accept: str) -> Reply:
+        others = self.board.others(time.time()) if self.board is not None else []
+        body, content_type = self.metrics.page(accept, others)
+        return Reply(200, content_type, body)
 
     def started(self, relay: Relay) -> None:
         """Count a relay among the running ones."""
@@ -182,6 +210,7 @@ class Proxy:
             self.usage.count(outcome, time.time())
             if handling.is_logged or outcome.kind != "ok":
                 self.log.outcome(outcome)
+            self.metrics.count(outcome)
 
     def _target(self, request: web.BaseRequest) -> "_Target":
         """Say what a request's first line asks for; clients ask for few things."""
@@ -619,6 +648,9 @@ class _Page(_Handling):
                 listed += await self._reported({model.id for model in listed})
             anthropic = "anthropic-version" in head.headers
             return self._say(pages.model_list(path, listed, anthropic=anthropic))
+        if is_get and path == routes.METRICS:
+            accept = head.headers.get("Accept", "")
+            return self._say(self._proxy.metrics_page(accept))
         if is_get and path == "/v1/limits":
             return self._say(pages.limits(models))
         if path == "/v1/limits/refresh":  # there is nothing to refresh
@@ -635,7 +667,8 @@ class _Page(_Handling):
         path, is_get = self._path, self._request.method in ("GET", "HEAD")
         if path in routes.FORWARDED or path == "/v1/limits/refresh":
             return True
-        if is_get and (path in ("/", "/v1/limits") or path.startswith(_MODEL_LISTS)):
+        own = ("/", "/v1/limits", routes.METRICS)
+        if is_get and (path in own or path.startswith(_MODEL_LISTS)):
             return True
         return self._proxy.settings.passthrough and _is_forwardable(
             self._request.rel_url.raw_path
@@ -792,6 +825,7 @@ class Listener:
         # aiohttp takes 0 for "as long as it takes".
         self._runner = web.ServerRunner(server, shutdown_timeout=0.001, access_log=None)
         self._loop = asyncio.get_running_loop()
+        self._publisher: asyncio.TimerHandle | None = None
 
     # aiohttp gives the factory's arguments no public types.
     def _request(  # type: ignore[no-untyped-def]
@@ -823,7 +857,24 @@ class Listener:
                 raise OSError(
                     number, f"cannot listen on {host}:{port}: {reason}"
                 ) from error
+        if self._proxy.board is not None:
+            self._restore(self._proxy.board)
+            self._publish(self._proxy.board)
         return [address[:2] for address in self._runner.addresses]
+
+    def _restore(self, board: Board) -> None:
+        if (left := board.left()) is not None:
+            # Of another version: the counters begin anew.
+            with contextlib.suppress(ValueError):
+                self._proxy.metrics.restore(left)
+
+    def _publish(self, board: Board) -> None:
+        try:
+            board.publish(self._proxy.metrics.snapshot())
+        except OSError as error:
+            logger.warning("metrics of this process are not shared: %s", error)
+            return
+        self._publisher = self._loop.call_later(PUBLISH_S, self._publish, board)
 
     @property
     def is_busy(self) -> bool:
@@ -841,6 +892,10 @@ class Listener:
         self.hurry()
         await self._drain(LAST_WRITE_S)
         await self._runner.cleanup()
+        if self._publisher is not None and self._proxy.board is not None:
+            self._publisher.cancel()
+            with contextlib.suppress(OSError):
+                self._proxy.board.publish(self._proxy.metrics.snapshot())
 
     async def _drain(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -11,10 +11,13 @@ FLOORS = [
     {"dialects", "providers", "modelconfig"},
     {
         *("exchange", "passthrough", "outcome", "log"),
-        *("auth", "config", "pool", "routes", "pages"),
+        *("auth", "config", "pool", "routes", "pages", "metrics"),
         *("cors", "instance", "knobs", "siteconfig", "usage"),
     },
-    {"upstream", "response", "relay", "forward", "server", "simulator", "probe"},
+    {
+        *("upstream", "response", "relay", "forward", "server", "simulator"),
+        "probe",
+    },
     {"__main__"},
 ]
 # Rooms of one floor are independent of one another, but for these.
@@ -28,10 +31,13 @@ NEIGHBOURS = {
     "siteconfig": {"config"},
     "usage": {"outcome"},
     "instance": {"auth", "config", "usage"},
+    "metrics": {"outcome"},
     "relay": {"upstream", "response"},
     "probe": {"upstream"},
     "forward": {"upstream"},
-    "server": {"relay", "forward", "response", "upstream"},
+    "server": {
+        *("relay", "forward", "response", "upstream"),
+    },
 }
 WAITING = {"asyncio", "aiohttp", "socket", "threading", "uvloop"}
 

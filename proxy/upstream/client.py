@@ -245,6 +245,11 @@ class Upstream:
         self._loop = asyncio.get_running_loop()
         self._sweeper: asyncio.TimerHandle | None = None
 
+    @property
+    def idle(self) -> int:
+        """How many connections are kept for the next call."""
+        return sum(map(len, self._idle.values()))
+
     async def close(self) -> None:
         if self._sweeper is not None:
             self._sweeper.cancel()
