@@ -50,10 +50,14 @@ Positive: TypeAlias = Annotated[int, Meta(gt=0)]
 
 
 class Limits(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
-    """What is too large: a request's body, one event of a stream."""
+    """What is too large: a request's body, one line of its head, one event of a
+    stream; and how many connections clients may have.
+    """
 
     body_bytes: Positive = 32 * 1024 * 1024
+    header_bytes: Positive = 16 * 1024
     event_bytes: Positive = 10 * 1024 * 1024
+    connections: Positive = 8192
 
 
 class KeepAlive(
@@ -97,6 +101,18 @@ class Instance(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_field
     hand_token_back: bool = False
 
 
+class AllTimeouts(Timeouts, frozen=True, forbid_unknown_fields=True):
+    """Those of upstreams, and for a client's connection: without a request, with the
+    head of one begun, with its body begun.
+    """
+
+    # Longer than clients keep theirs (Go 90 s, nginx 60 s): who closes first loses the
+    # request that is on its way.
+    idle_s: Seconds = field(name="idle", default=120.0)
+    header_s: Seconds = field(name="header", default=20.0)
+    body_s: Seconds = field(name="body", default=60.0)
+
+
 class Token(msgspec.Struct, frozen=True):
     """Who may use the proxy. ``name`` is for logs, ``sha256`` of the token's text."""
 
@@ -118,7 +134,7 @@ class Settings(msgspec.Struct, frozen=True):
     tokens: tuple[Token, ...]
     open: bool
     limits: Limits
-    timeouts: Timeouts
+    timeouts: AllTimeouts
     models: ModelConfiguration
     keep_alive: KeepAlive = KeepAlive()
     client_version_check: bool = False
@@ -178,7 +194,7 @@ class _File(Keys):
     listen: str | list[str] = DEFAULT_LISTEN
     auth: Literal["none"] | _Auth | None = None
     limits: Limits = Limits()
-    timeouts: Timeouts = Timeouts()
+    timeouts: AllTimeouts = AllTimeouts()
     keep_alive: KeepAlive = KeepAlive()
     aliases: dict[str, str] = {}
     fallback: bool = False
@@ -870,7 +886,10 @@ def _timeouts(timeouts: Timeouts) -> str:
 
 
 def _limits(limits: Limits) -> str:
-    return f"body {limits.body_bytes:,} bytes, event {limits.event_bytes:,} bytes"
+    return (
+        f"body {limits.body_bytes:,} bytes, header {limits.header_bytes:,} bytes,"
+        f" event {limits.event_bytes:,} bytes, {limits.connections:,} connections"
+    )
 
 
 def _provider_rows(models: ModelConfiguration) -> list[tuple[str, ...]]:

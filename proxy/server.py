@@ -20,7 +20,7 @@ import msgspec
 from aiohttp import web
 from msgspec import json, structs
 
-from proxy import __version__, pages, routes
+from proxy import __version__, connections, pages, routes
 from proxy.auth import NOT_GIVEN, Access, credential
 from proxy.completion import CompletionRequest
 from proxy.config import Settings
@@ -351,7 +351,8 @@ class _Handling:
                 if len(body) > limit:
                     raise _too_large(limit)
                 return body
-            limit_s = self._timeout_s(self._proxy.settings.timeouts.chat_s)
+            timeouts = self._proxy.settings.timeouts
+            limit_s = min(self._timeout_s(timeouts.chat_s), timeouts.body_s)
             async with asyncio.timeout_at(self._started_s + limit_s):
                 return await request.read()
         except TimeoutError:
@@ -809,23 +810,26 @@ class Listener:
 
     def __init__(self, proxy: Proxy, grace_s: float = 10.0) -> None:
         self._proxy = proxy
-        server = web.Server(
+        self.connections = connections.Server(
             # What it asks of a response, ours can answer.
             cast(
                 "Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]",
                 proxy.handle,
             ),
+            proxy.settings.limits,
+            proxy.settings.timeouts,
             request_factory=self._request,
-            # Without this a client's hang-up is noticed only at the next write.
-            handler_cancellation=True,
             logger=_http_logger,
-            access_log=None,
         )
         self._grace_s = grace_s
         # aiohttp takes 0 for "as long as it takes".
-        self._runner = web.ServerRunner(server, shutdown_timeout=0.001, access_log=None)
+        self._runner = web.ServerRunner(
+            self.connections, shutdown_timeout=0.001, access_log=None
+        )
         self._loop = asyncio.get_running_loop()
         self._publisher: asyncio.TimerHandle | None = None
+        proxy.metrics.read("client_connections", lambda: {"": self.connections.count})
+        proxy.metrics.read("connections_refused", lambda: self.connections.refused)
 
     # aiohttp gives the factory's arguments no public types.
     def _request(  # type: ignore[no-untyped-def]

@@ -11,6 +11,7 @@ import yaml
 from hypothesis import given, strategies as st
 
 from proxy.config import (
+    AllTimeouts,
     Limits,
     Settings,
     describe,
@@ -20,7 +21,6 @@ from proxy.config import (
     secrets,
 )
 from proxy.errors import ConfigError
-from proxy.modelconfig.resolved import Timeouts
 
 BLESSED = (Path(__file__).parent / "data/blessed.jsonc").read_text()
 
@@ -172,7 +172,7 @@ def test_load_reads_text_as_json_means_it(written, value):
 
 def test_load_reads_numbers_as_json_means_them():
     text = file() + "timeouts: {connect: 1e1, chat: 1E+2, code: 5}\n"
-    assert loaded(text).timeouts == Timeouts(10.0, 100.0, 5.0)
+    assert loaded(text).timeouts == AllTimeouts(10.0, 100.0, 5.0)
 
 
 def test_load_follows_anchors():
@@ -558,7 +558,7 @@ def test_load_refuses_tokens_and_none():
 def test_load_defaults():
     settings = loaded()
     assert settings.limits == Limits(body_bytes=33554432, event_bytes=10485760)
-    assert settings.timeouts == Timeouts(connect_s=10, chat_s=480, code_s=60)
+    assert settings.timeouts == AllTimeouts(connect_s=10, chat_s=480, code_s=60)
     assert not settings.client_version_check
     assert not settings.models.fallback
     assert settings.models.aliases == {}
@@ -573,8 +573,8 @@ def test_load_own_settings():
         models={REF: {"strictTemplate": True}},
         clientVersionCheck=True,
     )
-    assert settings.limits == Limits(1, 2)
-    assert settings.timeouts == Timeouts(0.5, 3.0, 4.0)
+    assert settings.limits == Limits(body_bytes=1, event_bytes=2)
+    assert settings.timeouts == AllTimeouts(0.5, 3.0, 4.0)
     assert settings.models.choose("chat", "gpt-4", fast=False).ref == REF
     assert settings.models.choose("chat", "nobody", fast=False).ref == REF
     assert settings.models.models[0].strict_template
@@ -790,7 +790,7 @@ aliases    gpt-4  a::v1::m
            small  openai::v1::n
 fallback   unknown models become the default
 timeouts   connect 10 s, chat 480 s, code 60 s
-limits     body 1,000 bytes, event 10,485,760 bytes
+limits     body 1,000 bytes, header 16,384 bytes, event 10,485,760 bytes, 8,192 connections
 warnings   modelConfiguration.defaultModels.fastChat: not set; using "a::v1::m\""""
     )
 

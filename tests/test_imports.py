@@ -16,7 +16,7 @@ FLOORS = [
     },
     {
         *("upstream", "response", "relay", "forward", "server", "simulator"),
-        "probe",
+        *("probe", "connections"),
     },
     {"__main__"},
 ]
@@ -37,6 +37,7 @@ NEIGHBOURS = {
     "forward": {"upstream"},
     "server": {
         *("relay", "forward", "response", "upstream"),
+        "connections",
     },
 }
 WAITING = {"asyncio", "aiohttp", "socket", "threading", "uvloop"}

@@ -85,6 +85,7 @@ async def test_gauges_say_what_is_open(start: Starter, upstream):
     async with stream(proxy.url, path=PATH, body=QUESTION):
         page = await scrape(proxy.url)
         assert page.value("in_flight") == 1
+        assert page.value("client_connections") == 2
         assert page.value("upstream_connections", state="in_use") == 1
         assert page.value("upstream_connections", state="idle") == 0
 
