@@ -11,7 +11,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import TypeAlias, cast
 from urllib.parse import unquote
 
@@ -21,8 +21,9 @@ from aiohttp import web
 from msgspec import json, structs
 
 from proxy import __version__, connections, pages, routes
+from proxy.admission import Admission, admission
 from proxy.auth import NOT_GIVEN, Access, credential
-from proxy.completion import CompletionRequest
+from proxy.completion import CompletionRequest, Feature
 from proxy.config import Settings
 from proxy.cors import Origins
 from proxy.dialects.adjust import (
@@ -42,8 +43,10 @@ from proxy.dialects.base import (
     Writer,
     choose,
 )
+from proxy.dialects.gateway import Window
 from proxy.errors import (
     InvalidRequest,
+    LimitReached,
     MethodNotAllowed,
     PayloadTooLarge,
     ProxyError,
@@ -111,6 +114,7 @@ class Proxy:
         self.redact = redact
         self.models = settings.models
         self.access = Access(settings.tokens, open=settings.open)
+        self.admission = admission(settings, self.loop)
         self.providers = {
             provider.id: PROVIDERS[provider.type](provider)
             for provider in settings.models.providers.values()
@@ -123,7 +127,8 @@ class Proxy:
             provider.client_credentials
             for provider in settings.models.providers.values()
         )
-        self.relays: set[Relay] = set()  # those that are running
+        # Those that are running, and the requests that wait for that.
+        self.relays: set[Relay | _Handling] = set()
         self.is_idle = asyncio.Event()
         self.is_idle.set()
         self._incoming = routes.incoming(settings)
@@ -146,29 +151,40 @@ class Proxy:
 
     def take_over(self, old: "Proxy") -> None:
         """Go on with what another one counted that this one replaces."""
+        if self.admission is not None and old.admission is not None:
+            self.admission = old.admission
+            self.admission.configure(self.settings)
         self.metrics = old.metrics
         self.metrics.name(routes.dialects(self._incoming))
         self._tell(self.metrics)
 
     def _tell(self, metrics: Metrics) -> None:
         """Say what only the proxy knows."""
-        metrics.read("in_flight", lambda: {"": len(self.relays)})
+        metrics.read("in_flight", lambda: {"": self.in_flight})
         metrics.read(
             "upstream_connections",
-            lambda: {"in_use": len(self.relays), "idle": self.upstream.idle},
+            lambda: {"in_use": self.in_flight, "idle": self.upstream.idle},
         )
+        if (door := self.admission) is not None:
+            metrics.read("waiting", lambda: {"": door.in_flight.waiting})
+            metrics.read("redis_failures", lambda: {"": door.rates.failures})
+
+    @property
+    def in_flight(self) -> int:
+        """How many exchanges are running, without those that wait for a place."""
+        return sum(isinstance(each, Relay) for each in self.relays)
 
     def metrics_page(self, accept: str) -> Reply:
         others = self.board.others(time.time()) if self.board is not None else []
         body, content_type = self.metrics.page(accept, others)
         return Reply(200, content_type, body)
 
-    def started(self, relay: Relay) -> None:
+    def started(self, relay: "Relay | _Handling") -> None:
         """Count a relay among the running ones."""
         self.relays.add(relay)
         self.is_idle.clear()
 
-    def finished(self, relay: Relay) -> None:
+    def finished(self, relay: "Relay | _Handling") -> None:
         self.relays.discard(relay)
         if not self.relays:
             self.is_idle.set()
@@ -384,7 +400,7 @@ class _Handling:
         """
         while True:
             try:
-                await self._ask_pool(asked)
+                await self._ask(asked)
                 return
             except UpstreamFault as fault:
                 fallback = asked.model.fallback
@@ -393,11 +409,19 @@ class _Handling:
                 self._outcome.tried.append(f"{asked.model.ref} {fault.kind}")
                 asked = self._with_model(asked, fallback)
 
-    async def _ask_pool(self, asked: "_Asked") -> None:
+    async def _ask(self, asked: "_Asked") -> None:
+        timeouts, feature = asked.settings.timeouts, asked.completion.feature
+        default_s = timeouts.chat_s if feature == "chat" else timeouts.code_s
+        timeout_s = self._timeout_s(default_s)
+        if (door := self._proxy.admission) is None:
+            await self._ask_pool(asked, timeout_s)
+            return
+        async with self._place(door, feature, asked.settings.id, timeout_s):
+            await self._ask_pool(asked, timeout_s)
+
+    async def _ask_pool(self, asked: "_Asked", timeout_s: float) -> None:
         pool, loop = self._proxy.pools[asked.settings.id], self._loop
-        timeouts, outcome = asked.settings.timeouts, self._outcome
-        is_chat = asked.completion.feature == "chat"
-        timeout_s = self._timeout_s(timeouts.chat_s if is_chat else timeouts.code_s)
+        outcome = self._outcome
         if self._incoming.dialect == "cody":
             # A copy: another model may yet be asked, and has other knobs.
             asked = structs.replace(asked, completion=structs.replace(asked.completion))
@@ -450,6 +474,36 @@ class _Handling:
         )
         proxy.started(relay)
         return relay
+
+    @contextlib.asynccontextmanager
+    async def _place(
+        self, door: Admission, feature: Feature, provider: str, timeout_s: float
+    ) -> AsyncIterator[None]:
+        """Have a place in flight. Raises: LimitReached: the request is not let in."""
+        outcome = self._outcome
+        self._proxy.started(self)  # so that it is told if the proxy ends meanwhile
+        try:
+            permit = await door.enter(
+                outcome.user,
+                self._request.remote or "",
+                feature,
+                provider,
+                self._started_s + timeout_s,
+                is_counted=bool(outcome.tried),
+            )
+            outcome.waited_s = permit.waited_s
+            try:
+                yield
+            finally:
+                tokens = (outcome.prompt_tokens or 0) + (outcome.completion_tokens or 0)
+                door.leave(permit, tokens)
+        finally:
+            self._proxy.finished(self)
+
+    def interrupt(self) -> None:
+        """End the wait for a place."""
+        if self._proxy.admission is not None:
+            self._proxy.admission.interrupt()
 
     def _call(self, asked: "_Asked", endpoint: Endpoint) -> Call:
         """Hand the client's bytes on where the upstream speaks its dialect."""
@@ -574,6 +628,8 @@ class _Handling:
     def _noted(self, error: ProxyError) -> ProxyError:
         self._outcome.kind = error.kind
         self._outcome.error = error.log_text
+        if isinstance(error, LimitReached):
+            self._outcome.limit = error.limit
         message = self._proxy.redact(error.message)
         if len(message) > MESSAGE_CHARS:  # it quotes something of the client's
             message = f"{message[:MESSAGE_CHARS]}…"
@@ -653,7 +709,7 @@ class _Page(_Handling):
             accept = head.headers.get("Accept", "")
             return self._say(self._proxy.metrics_page(accept))
         if is_get and path == "/v1/limits":
-            return self._say(pages.limits(models))
+            return self._say(pages.limits(models, await self._windows()))
         if path == "/v1/limits/refresh":  # there is nothing to refresh
             return self._say(Reply(200, JSON, b""))
         if is_get and path == "/":
@@ -663,6 +719,11 @@ class _Page(_Handling):
         # An unknown path is handed on as it came, not as it reads.
         raw_path = self._request.rel_url.raw_path
         return await self._forward(routes.FORWARDED.get(path, raw_path))
+
+    async def _windows(self) -> Mapping[str, Window]:
+        if (door := self._proxy.admission) is None:
+            return {}
+        return await door.windows(self._outcome.user, self._request.remote or "")
 
     def _is_known(self) -> bool:
         path, is_get = self._path, self._request.method in ("GET", "HEAD")
@@ -687,9 +748,24 @@ class _Page(_Handling):
 
     async def _forward(self, path: str) -> web.StreamResponse:
         """Hand the request on; its model, if it names one, says to whom."""
-        proxy = self._proxy
         body, model = await self._named_model(path)
-        settings = proxy.models.providers[model.provider_id]
+        settings = self._proxy.models.providers[model.provider_id]
+        timeout_s = self._timeout_s(settings.timeouts.chat_s)
+        door = self._proxy.admission
+        # To be looked at is no work for a model.
+        if door is None or self._request.method in ("GET", "HEAD"):
+            return await self._hand_on(path, body, settings, timeout_s)
+        async with self._place(door, "chat", settings.id, timeout_s):
+            return await self._hand_on(path, body, settings, timeout_s)
+
+    async def _hand_on(
+        self,
+        path: str,
+        body: bytes | None,
+        settings: ProviderSettings,
+        timeout_s: float,
+    ) -> web.StreamResponse:
+        proxy = self._proxy
         provider, pool = proxy.providers[settings.id], proxy.pools[settings.id]
         given = self._admit(settings)
         member = pool.pick(self._loop.time())
@@ -717,7 +793,7 @@ class _Page(_Handling):
                 self._outcome,
                 body=body,
                 without=(proxy.settings.auth_header.lower(),),
-                deadline_s=self._started_s + self._timeout_s(settings.timeouts.chat_s),
+                deadline_s=self._started_s + timeout_s,
                 is_optional=self._path in routes.FORWARDED,
                 clients_credential=settings.client_credentials,
             )
@@ -896,6 +972,8 @@ class Listener:
         self.hurry()
         await self._drain(LAST_WRITE_S)
         await self._runner.cleanup()
+        if self._proxy.admission is not None:
+            await self._proxy.admission.close()
         if self._publisher is not None and self._proxy.board is not None:
             self._publisher.cancel()
             with contextlib.suppress(OSError):

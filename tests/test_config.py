@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from hypothesis import given, strategies as st
 from proxy.config import (
     AllTimeouts,
     Limits,
+    Rates,
     Settings,
+    TokenLimits,
     describe,
     for_upstream,
     load,
@@ -581,6 +584,79 @@ def test_load_own_settings():
     assert settings.client_version_check
 
 
+LIMITS = {
+    "inFlight": 8,
+    "token": {"inFlight": 4, "chat": {"requestsPerMinute": 20, "tokensPerDay": 10000}},
+    "redis": "redis://:s3%20cret@127.0.0.1/0",
+}
+OWN_LIMITS = {"inFlight": 2, "chat": {"requestsPerMinute": 60}, "code": {}}
+
+
+def test_load_limits_of_tokens():
+    tokens = [
+        {"name": "ann", "token": "a", "limits": OWN_LIMITS},
+        {"name": "ben", "token": "b"},
+    ]
+    settings = loaded(
+        limits=LIMITS, auth={"tokens": tokens}, providers={"p": {"inFlight": 3}}
+    )
+    assert settings.tokens[0].limits == TokenLimits(
+        in_flight=2,
+        chat=Rates(requests_per_minute=60, tokens_per_day=10000),
+        code=Rates(),
+    )
+    assert settings.tokens[1].limits is None
+    assert settings.models.providers["p"].in_flight == 3
+    text = describe(settings)
+    for line in (
+        "8 in flight",
+        "3 in flight for p",
+        "each token: 4 in flight, 20 requests per minute of chat, 10,000 tokens per day of chat",
+        "ann: 2 in flight, 60 requests per minute of chat, 10,000 tokens per day of chat",
+    ):
+        assert f" {line}\n" in text
+    assert "s3" not in text and "s3" not in repr(settings)
+    assert secrets(settings) == ["s3 cret", "s3%20cret"]
+
+
+def test_load_names_every_limit_that_is_wrong():
+    assert problems_of(
+        limits={"inFlight": 0, "waiting": -1, "token": {"chat": {"perDay": 5}}},
+        timeouts={"waiting": 0},
+    ) == [
+        "limits.inFlight: expected an integer above 0",
+        "limits.waiting: expected an integer above -1",
+        "limits.token.chat.perDay: unknown key; known: requestsPerMinute, requestsPerDay, tokensPerDay",
+        "timeouts.waiting: expected a number above 0",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "localhost:6379",
+        "redis://",
+        "redis://a:b",
+        "redis://[",
+        "unix://",
+        "http://a",
+    ],
+)
+def test_load_wants_the_address_of_redis_whole(url):
+    assert problems_of(limits={"redis": url}) == [
+        'limits.redis: expected a URL, as in "redis://127.0.0.1:6379/0"'
+    ]
+
+
+def test_load_says_how_to_get_the_client_of_redis(monkeypatch):
+    monkeypatch.setitem(sys.modules, "redis", None)
+    assert problems_of(limits={"redis": "redis://a"}) == [
+        "limits.redis: Redis's client is not installed: pip install"
+        " 'completions-proxy[redis]'"
+    ]
+
+
 @pytest.mark.parametrize(
     ("own", "strict"),
     [({}, True), ({"strictTemplate": None}, True), ({"strictTemplate": False}, False)],
@@ -848,4 +924,7 @@ def readme_files() -> list[str]:
 @pytest.mark.parametrize("text", readme_files())
 def test_load_takes_the_readme_s_examples(text):
     environ = {"ANN_SHA256": "ab" * 32, "BEN_TOKEN": "cp_b", "ACME_KEY": "k"}
+    environ["REDIS_URL"] = "redis://redis"
+    if "modelConfiguration" not in text:  # it shows what stands beside that
+        text += BLESSED
     assert load(text, environ=environ, directory=Path()).models.models

@@ -11,12 +11,12 @@ FLOORS = [
     {"dialects", "providers", "modelconfig"},
     {
         *("exchange", "passthrough", "outcome", "log"),
-        *("auth", "config", "pool", "routes", "pages", "metrics"),
+        *("auth", "config", "pool", "routes", "pages", "limits", "metrics"),
         *("cors", "instance", "knobs", "siteconfig", "usage"),
     },
     {
         *("upstream", "response", "relay", "forward", "server", "simulator"),
-        *("probe", "connections"),
+        *("probe", "admission", "connections"),
     },
     {"__main__"},
 ]
@@ -31,13 +31,14 @@ NEIGHBOURS = {
     "siteconfig": {"config"},
     "usage": {"outcome"},
     "instance": {"auth", "config", "usage"},
+    "limits": {"config"},
     "metrics": {"outcome"},
     "relay": {"upstream", "response"},
     "probe": {"upstream"},
     "forward": {"upstream"},
     "server": {
         *("relay", "forward", "response", "upstream"),
-        "connections",
+        *("admission", "connections"),
     },
 }
 WAITING = {"asyncio", "aiohttp", "socket", "threading", "uvloop"}

@@ -19,7 +19,7 @@ from proxy.outcome import Outcome
 from proxy.redact import Redactor
 from proxy.server import Proxy
 from proxy.upstream import Upstream
-from tests.support.client import request, stream
+from tests.support.client import build_request, connect, request, stream
 from tests.support.fixtures import (
     QUESTION,
     Starter,
@@ -77,7 +77,7 @@ async def test_exchanges_are_counted_by_how_they_ended(start: Starter, upstream)
 
 async def test_gauges_say_what_is_open(start: Starter, upstream):
     upstream.script(ANSWER).script(BEGUN)
-    proxy = await start(model_configuration(upstream.url))
+    proxy = await start(model_configuration(upstream.url), limits={"inFlight": 5})
     await proxy.chat()
     page = await scrape(proxy.url)
     assert page.value("in_flight") == 0
@@ -85,9 +85,36 @@ async def test_gauges_say_what_is_open(start: Starter, upstream):
     async with stream(proxy.url, path=PATH, body=QUESTION):
         page = await scrape(proxy.url)
         assert page.value("in_flight") == 1
+        assert page.value("waiting") == 0
         assert page.value("client_connections") == 2
         assert page.value("upstream_connections", state="in_use") == 1
         assert page.value("upstream_connections", state="idle") == 0
+
+
+async def test_who_waits_is_not_in_flight(start: Starter, upstream):
+    upstream.script(BEGUN)
+    proxy = await start(model_configuration(upstream.url), limits={"inFlight": 1})
+    async with (
+        stream(proxy.url, path=PATH, body=QUESTION),
+        connect(proxy.url) as connection,
+    ):
+        late = build_request(proxy.url, "POST", PATH, {}, QUESTION, False)
+        await connection.send(late)
+        async with asyncio.timeout(2):
+            while not (page := await scrape(proxy.url)).value("waiting"):
+                pass
+        assert (page.value("waiting"), page.value("in_flight")) == (1, 1)
+
+
+async def test_limits_that_were_reached_are_counted(start: Starter, upstream):
+    upstream.script(ANSWER)
+    limits = {"token": {"chat": {"requestsPerDay": 1}}}
+    proxy = await start(model_configuration(upstream.url), limits=limits)
+    for _ in range(3):
+        await proxy.chat()
+    page = await scrape(proxy.url)
+    assert page.value("limit_reached_total", limit="token.chat.requestsPerDay") == 2
+    assert page.value("exchanges_total", kind="rate_limited", status="429") == 2
 
 
 async def test_what_was_adjusted_is_counted(start: Starter, upstream):
@@ -231,13 +258,16 @@ async def test_one_of_several_processes_answers_for_all(upstream, tmp_path: Path
 
 async def test_proxy_that_replaces_another_goes_on_with_its_counts(upstream):
     upstream.script(ANSWER)
-    block = {"modelConfiguration": model_configuration(upstream.url)}
+    limits = {"token": {"chat": {"requestsPerDay": 1}}}
+    block = {"modelConfiguration": model_configuration(upstream.url), "limits": limits}
     link = Upstream()
     redact = Redactor([])
     log = ExchangeLog(io.StringIO(), redact)
     old, new = (Proxy(load(block), link, log, redact) for _ in range(2))
     old.metrics.count(outcome(route=PATH))
+    assert new.admission is not old.admission
     new.take_over(old)
+    assert new.admission is old.admission
     page = Page(new.metrics_page("").body.decode())
     assert page.value("exchanges_total", route=PATH) == 1
     await link.close()

@@ -114,6 +114,7 @@ class Provider(msgspec.Struct, frozen=True):
     balance: Literal["least-outstanding", "round-robin", "random"] = "least-outstanding"
     weights: tuple[int, ...] = ()
     timeouts: Timeouts = Timeouts()
+    in_flight: int | None = None
 
     @property
     def server_profile(self) -> str:
