@@ -9,15 +9,16 @@ could be a secret is ever repeated.
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
 
 import msgspec
 import yaml
 from msgspec import Meta, field
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 from yaml.reader import ReaderError
 
 from proxy import modelconfig, tls, transport
@@ -49,13 +50,46 @@ DEFAULT_LISTEN = "127.0.0.1:8080"
 
 Positive: TypeAlias = Annotated[int, Meta(gt=0)]
 Patience: TypeAlias = Annotated[float, Meta(ge=0)]
+Count: TypeAlias = Annotated[int, Meta(gt=-1)]
+
+
+class Rates(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
+    """How much one client may ask for of one feature; None: any amount."""
+
+    requests_per_minute: Positive | None = None
+    requests_per_day: Positive | None = None
+    tokens_per_day: Positive | None = None
+
+
+class TokenLimits(
+    msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True
+):
+    """What one client may do: one token, or one address where none are asked for."""
+
+    in_flight: Positive | None = None
+    chat: Rates = Rates()
+    code: Rates = Rates()
 
 
 class Limits(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
-    """What is too large: a request's body, one event of a stream."""
+    """What is too large: a request's body, one line of its head, one event of a
+    stream; and what is too much: of connections, of requests at a time, of a client.
+
+    ``waiting`` requests may wait for each place that is limited. ``redis`` counts rates
+    for several processes; without it each counts for itself.
+    """
 
     body_bytes: Positive = 32 * 1024 * 1024
+    header_bytes: Positive = 16 * 1024
     event_bytes: Positive = 10 * 1024 * 1024
+    connections: Positive = 8192
+    in_flight: Positive | None = None
+    waiting: Count = 100
+    token: TokenLimits = TokenLimits()
+    redis: str | None = None
+
+    def __repr__(self) -> str:
+        return "Limits(…)"  # the address of Redis may hold a password
 
 
 class KeepAlive(
@@ -106,12 +140,29 @@ class Shutdown(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     grace_s: Patience = field(name="grace", default=10.0)
 
 
+class AllTimeouts(Timeouts, frozen=True, forbid_unknown_fields=True):
+    """Those of upstreams; for a place in flight; and for a client's connection: without
+    a request, with the head of one begun, with its body begun.
+    """
+
+    waiting_s: Seconds = field(name="waiting", default=10.0)
+    # Longer than clients keep theirs (Go 90 s, nginx 60 s): who closes first loses the
+    # request that is on its way.
+    idle_s: Seconds = field(name="idle", default=120.0)
+    header_s: Seconds = field(name="header", default=20.0)
+    body_s: Seconds = field(name="body", default=60.0)
+
+
 class Token(msgspec.Struct, frozen=True):
-    """Who may use the proxy. ``name`` is for logs, ``sha256`` of the token's text."""
+    """Who may use the proxy. ``name`` is for logs, ``sha256`` of the token's text.
+
+    ``limits`` is None for the default ones.
+    """
 
     name: str
     sha256: bytes
     email: str = ""
+    limits: TokenLimits | None = None
 
     def __repr__(self) -> str:
         return f"Token(name={self.name!r})"
@@ -130,7 +181,7 @@ class Settings(msgspec.Struct, frozen=True):
     tokens: tuple[Token, ...]
     open: bool
     limits: Limits
-    timeouts: Timeouts
+    timeouts: AllTimeouts
     models: ModelConfiguration
     keep_alive: KeepAlive = KeepAlive()
     client_version_check: bool = False
@@ -154,6 +205,7 @@ class _Token(Keys):
     token: str | None = None
     token_file: str | None = None
     email: str = ""
+    limits: TokenLimits | None = None
 
 
 class _Auth(Keys):
@@ -187,6 +239,7 @@ class _Provider(Keys):
     timeouts: _Timeouts = field(default_factory=_Timeouts)
     tls: transport.UpstreamFiles | None = None
     use_environment_proxy: bool = False
+    in_flight: Positive | None = None
 
 
 class _File(Keys):
@@ -195,7 +248,7 @@ class _File(Keys):
     listen: str | list[str] = DEFAULT_LISTEN
     auth: Literal["none"] | _Auth | None = None
     limits: Limits = Limits()
-    timeouts: Timeouts = Timeouts()
+    timeouts: AllTimeouts = AllTimeouts()
     keep_alive: KeepAlive = KeepAlive()
     shutdown: Shutdown = Shutdown()
     tls: transport.ServerFiles | None = None
@@ -520,6 +573,8 @@ def _settings(
 
     addresses = _addresses(listen or file.listen, findings)
     tokens = _tokens(file.auth, environ, read_file, findings)
+    tokens = tuple(_with_defaults(token, file.limits.token) for token in tokens)
+    _check_redis(file.limits.redis, findings)
     _check_access(addresses, tokens, file.auth, findings)
     if not file.cody_enabled:
         findings.warn("cody.enabled", "ignored")
@@ -626,7 +681,7 @@ def _tokens(
         if digest in found:
             findings.problem(at, f'the same token as "{found[digest].name}"')
         elif digest:
-            found[digest] = Token(given.name, digest, given.email)
+            found[digest] = Token(given.name, digest, given.email, given.limits)
         names.add(given.name)
     plain = re.split(r"[,\s]+", environ.get(TOKENS_VARIABLE, ""))
     for index, text in enumerate(filter(None, plain), 1):
@@ -671,6 +726,47 @@ def _given_digest(text: str, path: str, findings: Findings) -> bytes:
 
 def _sha256(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
+def _with_defaults(token: Token, default: TokenLimits) -> Token:
+    """Give a token the default for every limit that it has none of its own for."""
+    own = token.limits
+    if own is None:
+        return token
+    limits = TokenLimits(
+        in_flight=own.in_flight or default.in_flight,
+        chat=_rates(own.chat, default.chat),
+        code=_rates(own.code, default.code),
+    )
+    return replace(token, limits=limits)
+
+
+def _rates(own: Rates, default: Rates) -> Rates:
+    given = {name: value for name, value in asdict(own).items() if value is not None}
+    return replace(default, **given)
+
+
+def _check_redis(url: str | None, findings: Findings) -> None:
+    if url is None:
+        return
+    if not _is_redis(url):
+        text = 'expected a URL, as in "redis://127.0.0.1:6379/0"'
+        findings.problem("limits.redis", text)
+    elif find_spec("redis") is None:
+        text = "Redis's client is not installed: pip install 'completions-proxy[redis]'"
+        findings.problem("limits.redis", text)
+
+
+def _is_redis(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        if parts.scheme == "unix":
+            return parts.path != ""
+        return parts.scheme in ("redis", "rediss") and (
+            parts.hostname is not None and parts.port != 0
+        )
+    except ValueError:  # a port or an IPv6 address that is none
+        return False
 
 
 _HOW_TO_CLOSE = f"set {TOKENS_VARIABLE} or auth.tokens to let in only who has a token"
@@ -838,6 +934,7 @@ def _provider_with_own(
         balance=own.balance,
         weights=tuple(own.weights),
         timeouts=replace(timeouts, **given),
+        in_flight=own.in_flight,
     )
 
 
@@ -857,7 +954,9 @@ def _with_own(model: Model, own: _Model | None) -> Model:
 
 
 def secrets(settings: Settings) -> list[str]:
-    """Return what must not be seen anywhere: the credentials for the upstreams."""
+    """Return what must not be seen anywhere: the credentials for the upstreams and
+    for Redis.
+    """
     endpoints = [
         endpoint
         for provider in settings.models.providers.values()
@@ -866,6 +965,7 @@ def secrets(settings: Settings) -> list[str]:
     plain = [secret for endpoint in endpoints for secret in endpoint.secrets if secret]
     for provider in settings.models.providers.values():
         plain += provider.egress.secrets if provider.egress else []
+    plain += _redis_password(settings.limits.redis)
     # As they stand in the query of a URL, too.
     found = [
         form
@@ -873,6 +973,11 @@ def secrets(settings: Settings) -> list[str]:
         for form in (secret, quote(secret, safe=""), quote(secret))
     ]
     return list(dict.fromkeys(filter(None, found)))
+
+
+def _redis_password(url: str | None) -> list[str]:
+    password = urlsplit(url).password if url else None
+    return [unquote(password)] if password else []
 
 
 def describe(settings: Settings) -> str:
@@ -892,7 +997,7 @@ def describe(settings: Settings) -> str:
         "aliases": list(models.aliases.items()),
         "fallback": [("unknown models become the default",)] * models.fallback,
         "timeouts": [(_timeouts(settings.timeouts),)],
-        "limits": [(_limits(settings.limits),)],
+        "limits": [(text,) for text in _limits(settings)],
         "shutdown": [(_shutdown(settings.shutdown),)],
         "warnings": [(text,) for text in settings.warnings],
     }
@@ -929,8 +1034,34 @@ def _shutdown(shutdown: Shutdown) -> str:
     return f"delay {shutdown.delay_s:g} s, grace {shutdown.grace_s:g} s"
 
 
-def _limits(limits: Limits) -> str:
-    return f"body {limits.body_bytes:,} bytes, event {limits.event_bytes:,} bytes"
+def _limits(settings: Settings) -> Iterator[str]:
+    limits = settings.limits
+    yield (
+        f"body {limits.body_bytes:,} bytes, header {limits.header_bytes:,} bytes,"
+        f" event {limits.event_bytes:,} bytes, {limits.connections:,} connections"
+    )
+    if limits.in_flight:
+        yield f"{limits.in_flight} in flight"
+    for provider in settings.models.providers.values():
+        if provider.in_flight:
+            yield f"{provider.in_flight} in flight for {provider.id}"
+    each = "each token" if settings.tokens else "each address"
+    yield from _client_limits(each, limits.token)
+    for token in settings.tokens:
+        if token.limits is not None:
+            yield from _client_limits(token.name, token.limits)
+    if limits.redis:
+        yield "rates are counted in Redis"
+
+
+def _client_limits(who: str, limits: TokenLimits) -> Iterator[str]:
+    parts = [f"{limits.in_flight} in flight"] if limits.in_flight else []
+    for feature, rates in (("chat", limits.chat), ("code", limits.code)):
+        for name, amount in asdict(rates).items():
+            if amount is not None:
+                parts.append(f"{amount:,} {name.replace('_', ' ')} of {feature}")
+    if parts:
+        yield f"{who}: {', '.join(parts)}"
 
 
 def _provider_rows(models: ModelConfiguration) -> list[tuple[str, ...]]:

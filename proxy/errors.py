@@ -11,6 +11,10 @@ ProxyError
         UnsupportedVersion an api-version that is not a number
         RequestTimeout     the body did not come in time
         PayloadTooLarge    the body exceeds its limit
+    LimitReached           a limit of the proxy's own configuration
+        RateLimited        the client asked too often, or for too many tokens
+        QueueFull          no place in flight is free, nor one in the queue for it
+        QueueTimeout       no place became free while the request waited in the queue
     UpstreamFault          the model server, or the way to it, failed
         UpstreamStatus     it answered with a status other than 2xx
         UpstreamReported   it said so itself, inside a reply of status 200
@@ -29,7 +33,9 @@ ProxyError
 Anything else that escapes is a bug: the client gets a 500, the log a traceback.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from email.utils import formatdate
 from typing import ClassVar
 
 
@@ -114,6 +120,75 @@ class UnsupportedVersion(ClientFault):
 class PayloadTooLarge(ClientFault):
     status = 413
     kind = "payload_too_large"
+
+
+class LimitReached(ProxyError):
+    """A limit of the configuration.
+
+    ``limit`` names the limit as the configuration does, without whose it is; it is a
+    metric label. ``amount`` is how much it allows. ``feature`` is the one that was
+    asked for, as Sourcegraph calls it; ``retry_after_s`` says when to come back.
+    """
+
+    status = 429
+    kind = "rate_limited"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        limit: str,
+        amount: int,
+        feature: str,
+        retry_after_s: int,
+        status: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        headers = {"retry-after": str(retry_after_s), **(headers or {})}
+        super().__init__(message, status=status, headers=headers)
+        self.limit = limit
+        self.amount = amount
+        self.feature = feature
+        self.retry_after_s = retry_after_s
+
+
+class RateLimited(LimitReached):
+    """``unit``: requests or tokens; ``retry_at_s``: when the window ends, Unix time."""
+
+    def __init__(
+        self,
+        *,
+        limit: str,
+        amount: int,
+        used: int,
+        unit: str,
+        per: str,
+        feature: str,
+        retry_at_s: float,
+        now_s: float,
+    ) -> None:
+        self.unit = unit
+        self.retry_at_s = retry_at_s
+        self.retry_after = formatdate(retry_at_s, usegmt=True)
+        super().__init__(
+            # As Cody's clients know it.
+            f"you exceeded the rate limit for {feature}, only {amount} {unit} are "
+            f"allowed per {per} at the moment to ensure the service stays functional. "
+            f"Current usage: {used}. Retry after {self.retry_after}",
+            limit=limit,
+            amount=amount,
+            feature=feature,
+            retry_after_s=max(1, math.ceil(retry_at_s - now_s)),
+            headers={"x-ratelimit-limit": str(amount), "x-ratelimit-remaining": "0"},
+        )
+
+
+class QueueFull(LimitReached):
+    kind = "queue_full"
+
+
+class QueueTimeout(LimitReached):
+    kind = "queue_timeout"
 
 
 class UpstreamFault(ProxyError):

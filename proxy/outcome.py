@@ -11,8 +11,9 @@ class Outcome(
     ``kind`` is ``ok`` (said at the end, if nothing else was), ``client_gone``, or the
     ``kind`` of the error that ended it; ``status`` is what the client got.
     ``tried`` names the endpoints and models that were asked in vain before, and why.
-    ``first_token_s`` and ``duration_s`` count from the arrival of the request. No field
-    ever holds text of a prompt or an answer.
+    ``first_token_s`` and ``duration_s`` count from the arrival of the request, and
+    ``waited_s`` of them was spent in the queue. ``limit`` names the limit that was
+    reached. No field ever holds text of a prompt or an answer.
     """
 
     time: str = ""
@@ -29,10 +30,12 @@ class Outcome(
     provider: str = ""
     endpoint: str = ""
     upstream_status: int = 0
+    waited_s: float | None = None
     first_token_s: float | None = None
     duration_s: float | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     tried: list[str] = []
     adjusted: list[str] = []
+    limit: str = ""
     error: str = ""

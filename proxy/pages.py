@@ -1,9 +1,11 @@
 """What the configuration alone answers: lists of models, limits, a server's info."""
 
+from collections.abc import Mapping
+
 import msgspec
 
 from proxy.dialects.base import JSON, Reply
-from proxy.dialects.gateway import limits_body
+from proxy.dialects.gateway import Window, limits_body
 from proxy.errors import UnknownModel
 from proxy.modelconfig.resolved import Model, ModelConfiguration
 
@@ -85,9 +87,10 @@ class _Reported(msgspec.Struct):
     data: list[_ReportedModel]
 
 
-def limits(models: ModelConfiguration) -> Reply:
+def limits(models: ModelConfiguration, windows: Mapping[str, Window]) -> Reply:
     names = [f"{model.provider_id}/{model.name}" for model in models.models]
-    body = limits_body({"chat_completions": names, "code_completions": names})
+    features = {"chat_completions": names, "code_completions": names}
+    body = limits_body(features, windows)
     return Reply(200, JSON, body)
 
 

@@ -1,6 +1,6 @@
 """Which dialect is spoken at which path."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from proxy.config import Settings
 from proxy.dialects import (
@@ -50,6 +50,20 @@ def incoming(settings: Settings) -> dict[str, Incoming]:
             {"chat_completions": chat, "code_completions": completions},
         ),
         f"{_GATEWAY}/google": gateway.GatewayRoute("google", gemini.GenerateContent()),
+    }
+
+
+METRICS = "/-/metrics"
+# Pages of the proxy's own, with what else is counted by its path.
+_PAGES = (METRICS, "/v1/models", "/.api/llm/models", "/v1/limits", "/v1/limits/refresh")
+
+
+def dialects(incoming: Mapping[str, Incoming]) -> dict[str, str]:
+    """Return the dialect of each route that has a name, for the metrics."""
+    pages = dict.fromkeys((*_PAGES, *FORWARDED), "")
+    return pages | {
+        path: "gateway" if path.startswith(f"{_GATEWAY}/") else each.dialect
+        for path, each in incoming.items()
     }
 
 

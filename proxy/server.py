@@ -12,7 +12,7 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from typing import TypeAlias, cast
 from urllib.parse import unquote
 
@@ -21,9 +21,10 @@ import msgspec
 from aiohttp import web
 from msgspec import json, structs
 
-from proxy import __version__, pages, routes, sockets
+from proxy import __version__, connections, pages, routes, sockets
+from proxy.admission import Admission, admission
 from proxy.auth import NOT_GIVEN, Access, credential
-from proxy.completion import CompletionRequest
+from proxy.completion import CompletionRequest, Feature
 from proxy.config import Settings
 from proxy.cors import Origins
 from proxy.dialects.adjust import (
@@ -43,8 +44,10 @@ from proxy.dialects.base import (
     Writer,
     choose,
 )
+from proxy.dialects.gateway import Window
 from proxy.errors import (
     InvalidRequest,
+    LimitReached,
     MethodNotAllowed,
     PayloadTooLarge,
     ProxyError,
@@ -60,6 +63,7 @@ from proxy.instance import Instance, Page, Visit
 from proxy.interrupt import Interruptible, Work
 from proxy.knobs import knobs_of
 from proxy.log import ExchangeLog
+from proxy.metrics import PUBLISH_S, Board, Metrics
 from proxy.modelconfig.resolved import Endpoint, Model, Provider as ProviderSettings
 from proxy.outcome import Outcome
 from proxy.pool import Member, Pool
@@ -102,7 +106,12 @@ class Proxy:
     """Answers every request: ``handle`` is the handler of the low-level server."""
 
     def __init__(
-        self, settings: Settings, upstream: Upstream, log: ExchangeLog, redact: Redactor
+        self,
+        settings: Settings,
+        upstream: Upstream,
+        log: ExchangeLog,
+        redact: Redactor,
+        board: Board | None = None,
     ) -> None:
         # Asked for once: CPython 3.11 makes a system call for each answer.
         self.loop = asyncio.get_running_loop()
@@ -112,6 +121,7 @@ class Proxy:
         self.redact = redact
         self.models = settings.models
         self.access = Access(settings.tokens, open=settings.open)
+        self.admission = admission(settings, self.loop)
         self.providers = {
             provider.id: PROVIDERS[provider.type](provider)
             for provider in settings.models.providers.values()
@@ -131,10 +141,13 @@ class Proxy:
         }
         self.is_stopping = False  # health checks fail
         self.is_closed = False  # new requests are refused, too
-        self.relays: set[Interruptible] = set()  # what is running
+        self.relays: set[Interruptible] = set()  # what is running, or waits for that
         self.is_idle = asyncio.Event()
         self.is_idle.set()
         self._incoming = routes.incoming(settings)
+        self.board = board
+        self.metrics = Metrics(routes.dialects(self._incoming))
+        self._tell(self.metrics)
         self._targets: dict[str, _Target] = {}
         # Path, streamed or not, model, endpoint: as many as the configuration has.
         self.natives: dict[tuple[str, bool, str, int], Native | None] = {}
@@ -148,6 +161,36 @@ class Proxy:
         if self.origins is not None:
             response.more = self.origins.lines(request.headers)
         return response
+
+    def take_over(self, old: "Proxy") -> None:
+        """Go on with what another one counted that this one replaces."""
+        if self.admission is not None and old.admission is not None:
+            self.admission = old.admission
+            self.admission.configure(self.settings)
+        self.metrics = old.metrics
+        self.metrics.name(routes.dialects(self._incoming))
+        self._tell(self.metrics)
+
+    def _tell(self, metrics: Metrics) -> None:
+        """Say what only the proxy knows."""
+        metrics.read("in_flight", lambda: {"": self.in_flight})
+        metrics.read(
+            "upstream_connections",
+            lambda: {"in_use": self.in_flight, "idle": self.upstream.idle},
+        )
+        if (door := self.admission) is not None:
+            metrics.read("waiting", lambda: {"": door.in_flight.waiting})
+            metrics.read("redis_failures", lambda: {"": door.rates.failures})
+
+    @property
+    def in_flight(self) -> int:
+        """How many exchanges are running, without those that wait for a place."""
+        return sum(isinstance(each, Relay) for each in self.relays)
+
+    def metrics_page(self, accept: str) -> Reply:
+        others = self.board.others(time.time()) if self.board is not None else []
+        body, content_type = self.metrics.page(accept, others)
+        return Reply(200, content_type, body)
 
     def started(self, relay: Interruptible) -> None:
         """Count a relay, or what is like it, among the running ones."""
@@ -209,6 +252,7 @@ class Proxy:
             self.usage.count(outcome, time.time())
             if handling.is_logged or outcome.kind != "ok":
                 self.log.outcome(outcome)
+            self.metrics.count(outcome)
 
     def _target(self, request: web.BaseRequest) -> "_Target":
         """Say what a request's first line asks for; clients ask for few things."""
@@ -351,8 +395,9 @@ class _Handling:
                 if len(body) > limit:
                     raise _too_large(limit)
                 return body
+            timeouts = self._proxy.settings.timeouts
+            limit_s = min(self._timeout_s(timeouts.chat_s), timeouts.body_s)
             with self._proxy.interruptible():
-                limit_s = self._timeout_s(self._proxy.settings.timeouts.chat_s)
                 async with asyncio.timeout_at(self._started_s + limit_s):
                     return await request.read()
         except TimeoutError:
@@ -384,7 +429,7 @@ class _Handling:
         """
         while True:
             try:
-                await self._ask_pool(asked)
+                await self._ask(asked)
                 return
             except UpstreamFault as fault:
                 fallback = asked.model.fallback
@@ -393,11 +438,19 @@ class _Handling:
                 self._outcome.tried.append(f"{asked.model.ref} {fault.kind}")
                 asked = self._with_model(asked, fallback)
 
-    async def _ask_pool(self, asked: "_Asked") -> None:
+    async def _ask(self, asked: "_Asked") -> None:
+        timeouts, feature = asked.settings.timeouts, asked.completion.feature
+        default_s = timeouts.chat_s if feature == "chat" else timeouts.code_s
+        timeout_s = self._timeout_s(default_s)
+        if (door := self._proxy.admission) is None:
+            await self._ask_pool(asked, timeout_s)
+            return
+        async with self._place(door, feature, asked.settings.id, timeout_s):
+            await self._ask_pool(asked, timeout_s)
+
+    async def _ask_pool(self, asked: "_Asked", timeout_s: float) -> None:
         pool, loop = self._proxy.pools[asked.settings.id], self._loop
-        timeouts, outcome = asked.settings.timeouts, self._outcome
-        is_chat = asked.completion.feature == "chat"
-        timeout_s = self._timeout_s(timeouts.chat_s if is_chat else timeouts.code_s)
+        outcome = self._outcome
         if self._incoming.dialect == "cody":
             # A copy: another model may yet be asked, and has other knobs.
             asked = structs.replace(asked, completion=structs.replace(asked.completion))
@@ -451,6 +504,36 @@ class _Handling:
         )
         proxy.started(relay)
         return relay
+
+    @contextlib.asynccontextmanager
+    async def _place(
+        self, door: Admission, feature: Feature, provider: str, timeout_s: float
+    ) -> AsyncIterator[None]:
+        """Have a place in flight. Raises: LimitReached: the request is not let in."""
+        outcome = self._outcome
+        self._proxy.started(self)  # so that it is told if the proxy ends meanwhile
+        try:
+            permit = await door.enter(
+                outcome.user,
+                self._request.remote or "",
+                feature,
+                provider,
+                self._started_s + timeout_s,
+                is_counted=bool(outcome.tried),
+            )
+            outcome.waited_s = permit.waited_s
+            try:
+                yield
+            finally:
+                tokens = (outcome.prompt_tokens or 0) + (outcome.completion_tokens or 0)
+                door.leave(permit, tokens)
+        finally:
+            self._proxy.finished(self)
+
+    def interrupt(self) -> None:
+        """End the wait for a place."""
+        if self._proxy.admission is not None:
+            self._proxy.admission.interrupt()
 
     def _call(self, asked: "_Asked", endpoint: Endpoint) -> Call:
         """Hand the client's bytes on where the upstream speaks its dialect."""
@@ -575,6 +658,8 @@ class _Handling:
     def _noted(self, error: ProxyError) -> ProxyError:
         self._outcome.kind = error.kind
         self._outcome.error = error.log_text
+        if isinstance(error, LimitReached):
+            self._outcome.limit = error.limit
         message = self._proxy.redact(error.message)
         if len(message) > MESSAGE_CHARS:  # it quotes something of the client's
             message = f"{message[:MESSAGE_CHARS]}…"
@@ -653,8 +738,11 @@ class _Page(_Handling):
                     listed += await self._reported({model.id for model in listed})
             anthropic = "anthropic-version" in head.headers
             return self._say(pages.model_list(path, listed, anthropic=anthropic))
+        if is_get and path == routes.METRICS:
+            accept = head.headers.get("Accept", "")
+            return self._say(self._proxy.metrics_page(accept))
         if is_get and path == "/v1/limits":
-            return self._say(pages.limits(models))
+            return self._say(pages.limits(models, await self._windows()))
         if path == "/v1/limits/refresh":  # there is nothing to refresh
             return self._say(Reply(200, JSON, b""))
         if is_get and path == "/":
@@ -665,11 +753,17 @@ class _Page(_Handling):
         raw_path = self._request.rel_url.raw_path
         return await self._forward(routes.FORWARDED.get(path, raw_path))
 
+    async def _windows(self) -> Mapping[str, Window]:
+        if (door := self._proxy.admission) is None:
+            return {}
+        return await door.windows(self._outcome.user, self._request.remote or "")
+
     def _is_known(self) -> bool:
         path, is_get = self._path, self._request.method in ("GET", "HEAD")
         if path in routes.FORWARDED or path == "/v1/limits/refresh":
             return True
-        if is_get and (path in ("/", "/v1/limits") or path.startswith(_MODEL_LISTS)):
+        own = ("/", "/v1/limits", routes.METRICS)
+        if is_get and (path in own or path.startswith(_MODEL_LISTS)):
             return True
         return self._proxy.settings.passthrough and _is_forwardable(
             self._request.rel_url.raw_path
@@ -687,9 +781,24 @@ class _Page(_Handling):
 
     async def _forward(self, path: str) -> web.StreamResponse:
         """Hand the request on; its model, if it names one, says to whom."""
-        proxy = self._proxy
         body, model = await self._named_model(path)
-        settings = proxy.models.providers[model.provider_id]
+        settings = self._proxy.models.providers[model.provider_id]
+        timeout_s = self._timeout_s(settings.timeouts.chat_s)
+        door = self._proxy.admission
+        # To be looked at is no work for a model.
+        if door is None or self._request.method in ("GET", "HEAD"):
+            return await self._hand_on(path, body, settings, timeout_s)
+        async with self._place(door, "chat", settings.id, timeout_s):
+            return await self._hand_on(path, body, settings, timeout_s)
+
+    async def _hand_on(
+        self,
+        path: str,
+        body: bytes | None,
+        settings: ProviderSettings,
+        timeout_s: float,
+    ) -> web.StreamResponse:
+        proxy = self._proxy
         provider, pool = proxy.providers[settings.id], proxy.pools[settings.id]
         given = self._admit(settings)
         member = pool.pick(self._loop.time())
@@ -719,8 +828,7 @@ class _Page(_Handling):
                     work,
                     body=body,
                     without=(proxy.settings.auth_header.lower(),),
-                    deadline_s=self._started_s
-                    + self._timeout_s(settings.timeouts.chat_s),
+                    deadline_s=self._started_s + timeout_s,
                     is_optional=self._path in routes.FORWARDED,
                     clients_credential=settings.client_credentials,
                 )
@@ -822,24 +930,33 @@ class Listener:
         self._listening = listening
         self._tls: ssl.SSLContext | None = None
         self._servers: list[asyncio.Server] = []
-        self._server = web.Server(
+        self._connections = connections.Server(
             self._handle,
+            proxy.settings.limits,
+            proxy.settings.timeouts,
             request_factory=self._request,
-            # Without this a client's hang-up is noticed only at the next write.
-            handler_cancellation=True,
             logger=_http_logger,
-            access_log=None,
         )
         # aiohttp takes 0 for "as long as it takes".
         self._runner = web.ServerRunner(
-            self._server, shutdown_timeout=0.001, access_log=None
+            self._connections, shutdown_timeout=0.001, access_log=None
         )
         self._loop = asyncio.get_running_loop()
         self._hurried = asyncio.Event()
+        self._publisher: asyncio.TimerHandle | None = None
+        self._tell(proxy.metrics)
 
     def _handle(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
         # What aiohttp asks of a response, ours can answer.
         return cast("Awaitable[web.StreamResponse]", self._proxy.handle(request))
+
+    def _tell(self, metrics: Metrics) -> None:
+        """Say what only the listener knows."""
+        metrics.read("client_connections", lambda: {"": self._connections.count})
+        metrics.read("connections_refused", lambda: self._connections.refused)
+        metrics.read(
+            "in_flight", lambda: {"": sum(each.in_flight for each in self._proxies)}
+        )
 
     # aiohttp gives the factory's arguments no public types.
     def _request(  # type: ignore[no-untyped-def]
@@ -871,13 +988,16 @@ class Listener:
         await self._runner.setup()
         for each in self._listening:
             server = await self._loop.create_server(
-                self._server,
+                self._connections,
                 sock=each,
                 backlog=sockets.BACKLOG,
                 ssl=self._tls,
                 ssl_handshake_timeout=_HANDSHAKE_S if self._tls else None,
             )
             self._servers.append(server)
+        if self._proxy.board is not None:
+            self._restore(self._proxy.board)
+            self._publish(self._proxy.board)
         return [
             each.getsockname()[:2]
             for server in self._servers
@@ -889,6 +1009,9 @@ class Listener:
         if self._tls is not None and proxy.settings.tls is not None:
             renew(self._tls, proxy.settings.tls)
         old, self._proxy = self._proxy, proxy
+        proxy.take_over(old)
+        self._tell(proxy.metrics)
+        self._connections.configure(proxy.settings.limits, proxy.settings.timeouts)
         proxy.is_stopping, proxy.is_closed = old.is_stopping, old.is_closed
         task = self._loop.create_task(_retire(old))
         self._retired[task] = old
@@ -898,6 +1021,20 @@ class Listener:
     def _proxies(self) -> list[Proxy]:
         """All that have something open."""
         return [self._proxy, *self._retired.values()]
+
+    def _restore(self, board: Board) -> None:
+        if (left := board.left()) is not None:
+            # Of another version: the counters begin anew.
+            with contextlib.suppress(ValueError):
+                self._proxy.metrics.restore(left)
+
+    def _publish(self, board: Board) -> None:
+        try:
+            board.publish(self._proxy.metrics.snapshot())
+        except OSError as error:
+            logger.warning("metrics of this process are not shared: %s", error)
+            return
+        self._publisher = self._loop.call_later(PUBLISH_S, self._publish, board)
 
     @property
     def is_busy(self) -> bool:
@@ -931,6 +1068,12 @@ class Listener:
             await _put_away(proxy)
         for task in list(self._retired):
             task.cancel()
+        if self._proxy.admission is not None:
+            await self._proxy.admission.close()
+        if self._publisher is not None and self._proxy.board is not None:
+            self._publisher.cancel()
+            with contextlib.suppress(OSError):
+                self._proxy.board.publish(self._proxy.metrics.snapshot())
 
     async def _drain(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

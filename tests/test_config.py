@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ import yaml
 from hypothesis import given, strategies as st
 
 from proxy.config import (
+    AllTimeouts,
     Limits,
+    Rates,
     Settings,
+    TokenLimits,
     describe,
     for_upstream,
     load,
@@ -20,7 +24,6 @@ from proxy.config import (
     secrets,
 )
 from proxy.errors import ConfigError
-from proxy.modelconfig.resolved import Timeouts
 
 BLESSED = (Path(__file__).parent / "data/blessed.jsonc").read_text()
 
@@ -172,7 +175,7 @@ def test_load_reads_text_as_json_means_it(written, value):
 
 def test_load_reads_numbers_as_json_means_them():
     text = file() + "timeouts: {connect: 1e1, chat: 1E+2, code: 5}\n"
-    assert loaded(text).timeouts == Timeouts(10.0, 100.0, 5.0)
+    assert loaded(text).timeouts == AllTimeouts(10.0, 100.0, 5.0)
 
 
 def test_load_follows_anchors():
@@ -560,7 +563,7 @@ def test_load_refuses_tokens_and_none():
 def test_load_defaults():
     settings = loaded()
     assert settings.limits == Limits(body_bytes=33554432, event_bytes=10485760)
-    assert settings.timeouts == Timeouts(connect_s=10, chat_s=480, code_s=60)
+    assert settings.timeouts == AllTimeouts(connect_s=10, chat_s=480, code_s=60)
     assert not settings.client_version_check
     assert not settings.models.fallback
     assert settings.models.aliases == {}
@@ -575,12 +578,85 @@ def test_load_own_settings():
         models={REF: {"strictTemplate": True}},
         clientVersionCheck=True,
     )
-    assert settings.limits == Limits(1, 2)
-    assert settings.timeouts == Timeouts(0.5, 3.0, 4.0)
+    assert settings.limits == Limits(body_bytes=1, event_bytes=2)
+    assert settings.timeouts == AllTimeouts(0.5, 3.0, 4.0)
     assert settings.models.choose("chat", "gpt-4", fast=False).ref == REF
     assert settings.models.choose("chat", "nobody", fast=False).ref == REF
     assert settings.models.models[0].strict_template
     assert settings.client_version_check
+
+
+LIMITS = {
+    "inFlight": 8,
+    "token": {"inFlight": 4, "chat": {"requestsPerMinute": 20, "tokensPerDay": 10000}},
+    "redis": "redis://:s3%20cret@127.0.0.1/0",
+}
+OWN_LIMITS = {"inFlight": 2, "chat": {"requestsPerMinute": 60}, "code": {}}
+
+
+def test_load_limits_of_tokens():
+    tokens = [
+        {"name": "ann", "token": "a", "limits": OWN_LIMITS},
+        {"name": "ben", "token": "b"},
+    ]
+    settings = loaded(
+        limits=LIMITS, auth={"tokens": tokens}, providers={"p": {"inFlight": 3}}
+    )
+    assert settings.tokens[0].limits == TokenLimits(
+        in_flight=2,
+        chat=Rates(requests_per_minute=60, tokens_per_day=10000),
+        code=Rates(),
+    )
+    assert settings.tokens[1].limits is None
+    assert settings.models.providers["p"].in_flight == 3
+    text = describe(settings)
+    for line in (
+        "8 in flight",
+        "3 in flight for p",
+        "each token: 4 in flight, 20 requests per minute of chat, 10,000 tokens per day of chat",
+        "ann: 2 in flight, 60 requests per minute of chat, 10,000 tokens per day of chat",
+    ):
+        assert f" {line}\n" in text
+    assert "s3" not in text and "s3" not in repr(settings)
+    assert secrets(settings) == ["s3 cret", "s3%20cret"]
+
+
+def test_load_names_every_limit_that_is_wrong():
+    assert problems_of(
+        limits={"inFlight": 0, "waiting": -1, "token": {"chat": {"perDay": 5}}},
+        timeouts={"waiting": 0},
+    ) == [
+        "limits.inFlight: expected an integer above 0",
+        "limits.waiting: expected an integer above -1",
+        "limits.token.chat.perDay: unknown key; known: requestsPerMinute, requestsPerDay, tokensPerDay",
+        "timeouts.waiting: expected a number above 0",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "localhost:6379",
+        "redis://",
+        "redis://a:b",
+        "redis://[",
+        "unix://",
+        "http://a",
+    ],
+)
+def test_load_wants_the_address_of_redis_whole(url):
+    assert problems_of(limits={"redis": url}) == [
+        'limits.redis: expected a URL, as in "redis://127.0.0.1:6379/0"'
+    ]
+
+
+def test_load_says_how_to_get_the_client_of_redis(monkeypatch):
+    monkeypatch.setitem(sys.modules, "redis", None)
+    assert problems_of(limits={"redis": "redis://a"}) == [
+        "limits.redis: Redis's client is not installed: pip install"
+        " 'completions-proxy[redis]'"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -792,7 +868,7 @@ aliases    gpt-4  a::v1::m
            small  openai::v1::n
 fallback   unknown models become the default
 timeouts   connect 10 s, chat 480 s, code 60 s
-limits     body 1,000 bytes, event 10,485,760 bytes
+limits     body 1,000 bytes, header 16,384 bytes, event 10,485,760 bytes, 8,192 connections
 shutdown   delay 0 s, grace 10 s
 warnings   modelConfiguration.defaultModels.fastChat: not set; using "a::v1::m\""""
     )
@@ -851,4 +927,7 @@ def readme_files() -> list[str]:
 @pytest.mark.parametrize("text", readme_files())
 def test_load_takes_the_readme_s_examples(text):
     environ = {"ANN_SHA256": "ab" * 32, "BEN_TOKEN": "cp_b", "ACME_KEY": "k"}
+    environ["REDIS_URL"] = "redis://redis"
+    if "modelConfiguration" not in text:  # it shows what stands beside that
+        text += BLESSED
     assert load(text, environ=environ, directory=Path()).models.models

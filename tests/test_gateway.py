@@ -318,7 +318,8 @@ def test_google_through_the_gateway():
 
 
 def test_limits_byte_for_byte():
-    assert limits_body({"chat_completions": ["a/b", "c"], "embeddings": ()}) == (
+    models = {"chat_completions": ["a/b", "c"], "embeddings": ()}
+    assert limits_body(models, {}) == (
         b'{"chat_completions":{"limit":2147483647,"interval":"24h0m0s","usage":0,'
         b'"allowedModels":["a/b","c"]},"embeddings":{"limit":2147483647,'
         b'"interval":"24h0m0s","usage":0,"allowedModels":[]}}'

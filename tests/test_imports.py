@@ -24,11 +24,11 @@ FLOORS = [
     {
         *("exchange", "passthrough", "outcome", "log"),
         *("auth", "config", "pool", "routes", "pages", "transport"),
-        *("cors", "instance", "knobs", "siteconfig", "usage"),
+        *("cors", "instance", "knobs", "siteconfig", "usage", "limits", "metrics"),
     },
     {
         *("upstream", "response", "relay", "forward", "server", "simulator", "probe"),
-        *("sockets", "interrupt"),
+        *("sockets", "interrupt", "admission", "connections"),
     },
     {"__main__", "serve", "workers"},
 ]
@@ -44,10 +44,15 @@ NEIGHBOURS = {
     "siteconfig": {"config"},
     "usage": {"outcome"},
     "instance": {"auth", "config", "usage"},
+    "limits": {"config"},
+    "metrics": {"outcome"},
     "relay": {"upstream", "response"},
     "probe": {"upstream"},
     "forward": {"upstream", "interrupt", "relay"},
-    "server": {"relay", "forward", "response", "upstream", "interrupt", "sockets"},
+    "server": {
+        *("relay", "forward", "response", "upstream"),
+        *("interrupt", "sockets", "admission", "connections"),
+    },
     "workers": {"serve"},
     "status": {"errors"},
     "__main__": {"serve", "workers"},

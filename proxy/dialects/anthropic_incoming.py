@@ -10,6 +10,7 @@ Sources: https://docs.anthropic.com/en/api/messages, …/messages-streaming, …
 
 import json
 import re
+import time
 from collections.abc import Callable
 from json.encoder import encode_basestring_ascii as _quote
 from typing import Annotated, Literal, TypeAlias, TypeVar
@@ -51,6 +52,7 @@ from proxy.dialects.fault import decode_lenient
 from proxy.errors import (
     InvalidRequest,
     ProxyError,
+    RateLimited,
     UnknownModel,
     UpstreamReported,
     UpstreamStatus,
@@ -469,6 +471,12 @@ def _envelope(type: str, text: str, more: str = "") -> str:
 
 def _error_reply(error: ProxyError) -> Reply:
     status, headers = _status_of(error), error_headers(error)
+    if isinstance(error, RateLimited):
+        prefix = f"anthropic-ratelimit-{error.unit}"
+        reset = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(error.retry_at_s))
+        headers[f"{prefix}-limit"] = str(error.amount)
+        headers[f"{prefix}-remaining"] = "0"
+        headers[f"{prefix}-reset"] = reset
     id = headers.get("request-id", "")
     more = f',"request_id":{_quote(id)}' if id else ""
     body = _envelope(_type_of(status), _text_of(error), more)

@@ -5,7 +5,9 @@ the feature, and how it words a failure before a reply has begun.
 """
 
 import json
+import time
 from collections.abc import Mapping, Sequence
+from email.utils import formatdate
 from typing import cast
 
 import msgspec
@@ -25,7 +27,9 @@ from proxy.dialects.base import (
 from proxy.errors import (
     DeadlineExceeded,
     InvalidRequest,
+    LimitReached,
     ProxyError,
+    RateLimited,
     UpstreamFault,
     UpstreamStatus,
     UpstreamUnreachable,
@@ -39,7 +43,7 @@ _FEATURES: dict[str, Feature | None] = {
     "embeddings": None,
 }
 
-# The gateway's clients count with a limit; there is none here.
+# The gateway's clients count with a limit; this is for who has none.
 NO_LIMIT = 2**31 - 1
 
 # What of the client's body is for the gateway and nobody behind it.
@@ -166,6 +170,8 @@ def _error_reply(provider: str, error: ProxyError) -> Reply:
     for kind, status, text in _WAY_ERRORS:
         if isinstance(error, kind):
             return _reply(status, text.format(provider), error_headers(error))
+    if isinstance(error, LimitReached):
+        return _limit_reply(error)
     if not isinstance(error, UpstreamFault):
         return _reply(error.status, error.message, error_headers(error))
     if error.status in (429, 529):
@@ -175,6 +181,28 @@ def _error_reply(provider: str, error: ProxyError) -> Reply:
         headers = {"retry-after": error.headers.get("retry-after", default)}
         return _reply(503, _upstream_text(error), headers)
     return _reply(client_status(error), _upstream_text(error), error_headers(error))
+
+
+def _limit_reply(error: LimitReached) -> Reply:
+    """As the gateway says it: in plain text, with a date where others say seconds."""
+    if isinstance(error, RateLimited):
+        retry_after = error.retry_after
+        text = (
+            f"you have exceeded the rate limit of {error.amount} {error.unit}. "
+            f"Retry after {retry_after}"
+        )
+    else:
+        retry_after = formatdate(time.time() + error.retry_after_s, usegmt=True)
+        text = error.message
+        if error.status == 429:
+            text = (
+                f"you have exceeded the concurrency limit of {error.amount} requests "
+                f'for "{error.feature}". Retry after {retry_after}'
+            )
+    headers = error_headers(error) | {"retry-after": retry_after}
+    if error.status != 429:
+        return _reply(error.status, text, headers)
+    return Reply(429, "text/plain; charset=utf-8", f"{text}\n".encode(), headers)
 
 
 def _upstream_text(error: UpstreamFault) -> str:
@@ -193,18 +221,34 @@ def _reply(status: int, text: str, headers: Mapping[str, str]) -> Reply:
 # ----------------------------------------------------------------------------- limits
 
 
-def limits_body(features: Mapping[str, Sequence[str]]) -> bytes:
+class Window(msgspec.Struct, frozen=True):
+    """A day's limit of requests: how many are used, and until when (Unix time)."""
+
+    limit: int
+    used: int
+    ends_at_s: float
+
+
+def limits_body(
+    features: Mapping[str, Sequence[str]], windows: Mapping[str, Window]
+) -> bytes:
     """Return the body of ``GET /v1/limits``.
 
     Args: features: the gateway's name of each feature, with the models allowed for it.
+          windows: of those that have a limit.
     """
     limits = {
-        feature: {
-            "limit": NO_LIMIT,
-            "interval": "24h0m0s",
-            "usage": 0,
-            "allowedModels": list(models),
-        }
+        feature: {**_window(windows.get(feature)), "allowedModels": list(models)}
         for feature, models in features.items()
     }
     return json.dumps(limits, separators=(",", ":")).encode("ascii")
+
+
+def _window(window: Window | None) -> dict[str, object]:
+    if window is None:
+        return {"limit": NO_LIMIT, "interval": "24h0m0s", "usage": 0}
+    fields = {"limit": window.limit, "interval": "24h0m0s", "usage": window.used}
+    if not window.used:
+        return fields
+    expiry = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(window.ends_at_s))
+    return fields | {"expiry": expiry}

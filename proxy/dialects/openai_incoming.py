@@ -54,6 +54,7 @@ from proxy.dialects.base import (
 from proxy.errors import (
     InvalidRequest,
     ProxyError,
+    RateLimited,
     UpstreamReported,
     UpstreamStatus,
 )
@@ -522,7 +523,7 @@ def _sketch(feature: Feature, chosen: Chosen) -> CompletionRequest:
 # try again. Any 5xx is passed on, too.
 _PASSED_ON = frozenset((400, 401, 403, 404, 408, 409, 413, 422, 429))
 _STATUSES = {"unknown_model": 404}
-_CODES = {"unknown_model": "model_not_found"}
+_CODES = {"unknown_model": "model_not_found", "rate_limited": "rate_limit_exceeded"}
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -554,7 +555,12 @@ def _error(error: ProxyError) -> str:
 
 def _error_reply(error: ProxyError) -> Reply:
     body = _error(error).encode("ascii") + b"\n"
-    return Reply(_status(error), JSON, body, error_headers(error))
+    headers = error_headers(error)
+    if isinstance(error, RateLimited):
+        headers[f"x-ratelimit-limit-{error.unit}"] = str(error.amount)
+        headers[f"x-ratelimit-remaining-{error.unit}"] = "0"
+        headers[f"x-ratelimit-reset-{error.unit}"] = f"{error.retry_after_s}s"
+    return Reply(_status(error), JSON, body, headers)
 
 
 def _dump(value: object) -> str:

@@ -385,6 +385,8 @@ _TYPE_BY_KIND = {
     "unknown_model": "validation",
     "upstream_truncated": "incomplete_generation",
     "deadline_exceeded": "timeout",
+    # TGI says the same, with 429, when too many ask at a time.
+    **dict.fromkeys(("rate_limited", "queue_full", "queue_timeout"), "overloaded"),
 }
 _TYPE_BY_STATUS = {
     400: "validation",

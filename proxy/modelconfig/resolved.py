@@ -119,6 +119,7 @@ class Provider(msgspec.Struct, frozen=True):
     timeouts: Timeouts = Timeouts()
     tls: UpstreamTls | None = None
     egress: Egress | None = None
+    in_flight: int | None = None
 
     @property
     def server_profile(self) -> str:

@@ -272,6 +272,11 @@ class Upstream:
             self._others[tls, egress] = Upstream(tls, egress)
         return self._others[tls, egress]
 
+    @property
+    def idle(self) -> int:
+        """How many connections are kept for the next call."""
+        return sum(map(len, self._idle.values()))
+
     async def close(self) -> None:
         """Close what is idle; what is in use is closed when it comes back."""
         self._is_closed = True

@@ -2,11 +2,12 @@
 
 import sys
 
-from tests.bench import sse, translate
+from tests.bench import limits, sse, translate
 
 BENCHMARKS = {
     "sse": sse.run,
     "translate": translate.run,
+    "limits": limits.run,
 }
 
 

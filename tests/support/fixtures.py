@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from proxy import config
 from proxy.log import ExchangeLog
+from proxy.metrics import Board
 from proxy.redact import Redactor
 from proxy.server import Listener, Proxy
 from proxy.upstream import Upstream
@@ -89,14 +90,14 @@ class RunningProxy:
 
 @contextlib.asynccontextmanager
 async def running(
-    settings: config.Settings, grace_s: float = 0.0
+    settings: config.Settings, grace_s: float = 0.0, board: Board | None = None
 ) -> AsyncIterator[RunningProxy]:
     """Run the proxy as ``serve`` does, minus the command line."""
     settings = replace(settings, shutdown=config.Shutdown(grace_s=grace_s))
     log = io.StringIO()
     redact = Redactor(config.secrets(settings))
     upstream = Upstream()
-    proxy = Proxy(settings, upstream, ExchangeLog(log, redact), redact)
+    proxy = Proxy(settings, upstream, ExchangeLog(log, redact), redact, board)
     listener = Listener(proxy)
     try:
         addresses = await listener.start()
