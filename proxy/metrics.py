@@ -1,8 +1,8 @@
 """What Prometheus is told: counts of exchanges, by labels that no client chooses.
 
 Counting is adding to integers; they become samples when somebody asks. The labels are
-routes, providers, endpoints and models of the configuration, kinds of outcomes and
-statuses, so their number is bounded. Of several worker processes one answers for all:
+routes, providers, endpoints, models and users of the configuration, kinds of outcomes
+and statuses, so their number is bounded. Of several worker processes one answers for all:
 each leaves its counts in a directory, see ``Board``.
 """
 
@@ -27,6 +27,7 @@ from prometheus_client.registry import Collector
 
 from proxy import __version__
 from proxy.outcome import Outcome
+from proxy.usage import UsageCounter, Used
 
 PREFIX = "completions_proxy"
 FIRST_TOKEN_S = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -114,6 +115,7 @@ class Snapshot(msgspec.Struct):
     series: dict[SeriesKey, Series] = {}
     limits: dict[str, int] = {}
     others: dict[str, dict[str, float]] = {}
+    used: Used = msgspec.field(default_factory=Used)
 
     def add(self, more: "Snapshot", *, gauges: bool = True) -> None:
         """Args: gauges: take also what is a state and no sum of events."""
@@ -121,6 +123,7 @@ class Snapshot(msgspec.Struct):
             self.exchanges[key] = self.exchanges.get(key, 0) + count
         for name, series in more.series.items():
             self.series.setdefault(name, Series()).add(series)
+        self.used.add(more.used)
         for limit, count in more.limits.items():
             self.limits[limit] = self.limits.get(limit, 0) + count
         for name_, values in more.others.items():
@@ -140,10 +143,12 @@ class Metrics:
     """The counts of this process.
 
     Args: dialects: of each route that is counted under its own name.
+          usage: what each user used is counted there.
     """
 
-    def __init__(self, dialects: Mapping[str, str]) -> None:
+    def __init__(self, dialects: Mapping[str, str], usage: UsageCounter) -> None:
         self._dialects = dict(dialects)
+        self.usage = usage
         self._exchanges: dict[ExchangeKey, int] = defaultdict(int)
         self._series: dict[SeriesKey, Series] = defaultdict(Series)
         self._limits: dict[str, int] = defaultdict(int)
@@ -209,19 +214,28 @@ class Metrics:
         Args: accept: the header.
               others: snapshots of the other processes; what is none is left out.
         """
-        whole = self._snapshot()
-        for snapshot in others:
-            add(whole, snapshot)
+        whole = self._whole(others)
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_Samples(whole))
         encoder, content_type = choose_encoder(accept)
         return encoder(registry), content_type
 
+    def used(self, others: Iterable[bytes] = ()) -> Used:
+        """Return what was used, in the other processes as well."""
+        return self._whole(others).used
+
+    def _whole(self, others: Iterable[bytes]) -> Snapshot:
+        whole = self._snapshot()
+        for snapshot in others:
+            add(whole, snapshot)
+        return whole
+
     def _snapshot(self) -> Snapshot:
         whole = Snapshot()
         whole.add(self._before)
         others = {name: dict(read()) for name, read in self._readers.items()}
-        whole.add(Snapshot(self._exchanges, self._series, self._limits, others))
+        used = self.usage.used
+        whole.add(Snapshot(self._exchanges, self._series, self._limits, others, used))
         return whole
 
 
@@ -250,6 +264,7 @@ class _Samples(Collector):
         for limit, count in self._snapshot.limits.items():
             limits.add_metric([limit], count)
         yield limits
+        yield from self._used()
         for name, family in FAMILIES.items():
             yield _family(name, family, self._snapshot.others.get(name, {}))
 
@@ -265,6 +280,23 @@ class _Samples(Collector):
         for (*texts, status), count in self._snapshot.exchanges.items():
             family.add_metric([*map(str, texts), str(status)], count)
         return family
+
+    def _used(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            f"{PREFIX}_user_requests",
+            "Requests that an upstream answered, by who asked",
+            labels=["user", "feature"],
+        )
+        tokens = CounterMetricFamily(
+            f"{PREFIX}_user_tokens",
+            "Tokens as the upstreams counted them, by who asked",
+            labels=["user", "feature", "of"],
+        )
+        for key, tally in self._snapshot.used.totals.items():
+            requests.add_metric(key, tally.requests)
+            tokens.add_metric([*key, "prompt"], tally.prompt_tokens)
+            tokens.add_metric([*key, "completion"], tally.completion_tokens)
+        return iter((requests, tokens))
 
     def _measured(self) -> Iterator[Metric]:
         labels = ["dialect", "provider", "model"]

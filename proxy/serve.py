@@ -16,13 +16,15 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 from proxy import __version__, config, simulator
 from proxy.config import Settings
 from proxy.errors import ConfigError
 from proxy.log import ExchangeLog
-from proxy.plan import LENGTH, METRICS_DIR_VARIABLE, Plan
+from proxy.metrics import Board
+from proxy.plan import LENGTH, METRICS_DIR_VARIABLE, NUMBER_VARIABLE, Plan
 from proxy.probe import Found, probe
 from proxy.redact import Redactor
 from proxy.relay import LAST_WRITE_S
@@ -154,6 +156,13 @@ def _files_checked() -> Iterator[None]:
         raise ConfigError([f"tls.{bad.key}: {bad}"]) from None
 
 
+def _board() -> Board | None:
+    """Where workers leave their counts; None if there is one process only."""
+    directory = os.environ.get(METRICS_DIR_VARIABLE)
+    number = os.environ.get(NUMBER_VARIABLE, "")
+    return Board(Path(directory), int(number)) if directory and number else None
+
+
 def _proxy(settings: Settings) -> Proxy:
     redact = Redactor(config.secrets(settings))
     upstream = Upstream()
@@ -161,7 +170,7 @@ def _proxy(settings: Settings) -> Proxy:
     log = ExchangeLog(
         sys.stdout, redact, functools.partial(loop.call_later, LOG_DELAY_S)
     )
-    return Proxy(settings, upstream, log, redact)
+    return Proxy(settings, upstream, log, redact, _board())
 
 
 class _Service:

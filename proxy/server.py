@@ -146,15 +146,15 @@ class Proxy:
         self.is_idle.set()
         self._incoming = routes.incoming(settings)
         self.board = board
-        self.metrics = Metrics(routes.dialects(self._incoming))
+        usage = UsageCounter(time.time())
+        self.metrics = Metrics(routes.dialects(self._incoming), usage)
         self._tell(self.metrics)
         self._targets: dict[str, _Target] = {}
         # Path, streamed or not, model, endpoint: as many as the configuration has.
         self.natives: dict[tuple[str, bool, str, int], Native | None] = {}
         self.origins = Origins(settings.origins) if settings.origins else None
         self.knobs = knobs_of(settings.models)
-        self.usage = UsageCounter(time.time())
-        self.instance = Instance(settings, self.access, self.usage)
+        self.instance = Instance(settings, self.access, self._usage_page)
 
     def response(self, request: web.BaseRequest, id: str = "") -> Response:
         response = Response(request, id)
@@ -170,6 +170,10 @@ class Proxy:
         self.metrics = old.metrics
         self.metrics.name(routes.dialects(self._incoming))
         self._tell(self.metrics)
+        for id, pool in old.pools.items():
+            # What is known of its endpoints, and what is asked of them just now.
+            if old.models.providers[id] == self.models.providers.get(id):
+                self.pools[id] = pool
 
     def _tell(self, metrics: Metrics) -> None:
         """Say what only the proxy knows."""
@@ -188,9 +192,15 @@ class Proxy:
         return sum(isinstance(each, Relay) for each in self.relays)
 
     def metrics_page(self, accept: str) -> Reply:
-        others = self.board.others(time.time()) if self.board is not None else []
-        body, content_type = self.metrics.page(accept, others)
+        body, content_type = self.metrics.page(accept, self._other_counts())
         return Reply(200, content_type, body)
+
+    def _usage_page(self, user: str) -> Reply:
+        return self.metrics.usage.reply(user, self.metrics.used(self._other_counts()))
+
+    def _other_counts(self) -> list[bytes]:
+        """What the other workers have counted."""
+        return self.board.others(time.time()) if self.board is not None else []
 
     def started(self, relay: Interruptible) -> None:
         """Count a relay, or what is like it, among the running ones."""
@@ -249,7 +259,7 @@ class Proxy:
         finally:
             outcome.duration_s = handling.elapsed_s()
             outcome.kind = outcome.kind or "ok"
-            self.usage.count(outcome, time.time())
+            self.metrics.usage.count(outcome, time.time())
             if handling.is_logged or outcome.kind != "ok":
                 self.log.outcome(outcome)
             self.metrics.count(outcome)

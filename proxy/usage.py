@@ -21,12 +21,48 @@ class Tally(msgspec.Struct, rename="camel"):
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
+    def add(self, more: "Tally") -> None:
+        self.requests += more.requests
+        self.prompt_tokens += more.prompt_tokens
+        self.completion_tokens += more.completion_tokens
+
 
 class Day(msgspec.Struct):
     """One day, in UTC."""
 
     date: str
     features: dict[str, Tally]
+
+
+class Used(msgspec.Struct):
+    """What was used: by user and feature since the start, and on each day, which is
+    counted from 1970.
+    """
+
+    totals: dict[tuple[str, str], Tally] = {}
+    days: dict[int, dict[tuple[str, str], Tally]] = {}
+
+    def add(self, more: "Used") -> None:
+        for key, tally in more.totals.items():
+            self.totals.setdefault(key, Tally()).add(tally)
+        for day, tallies in more.days.items():
+            sums = self.days.setdefault(day, {})
+            for key, tally in tallies.items():
+                sums.setdefault(key, Tally()).add(tally)
+
+    def of(self, user: str) -> list[Day]:
+        """Return the user's days, the latest first; those without use are left out."""
+        days = []
+        for day, tallies in sorted(self.days.items(), reverse=True):
+            features = {
+                FEATURES.get(feature, feature): tally
+                for (name, feature), tally in tallies.items()
+                if name == user
+            }
+            if features:
+                date = time.strftime("%Y-%m-%d", time.gmtime(day * _DAY_S))
+                days.append(Day(date, features))
+        return days
 
 
 class _Usage(msgspec.Struct):
@@ -40,44 +76,35 @@ class UsageCounter:
 
     def __init__(self, started_s: float) -> None:
         self._since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started_s))
-        # Day -> user and feature -> what they used.
-        self._days: dict[int, dict[tuple[str, str], Tally]] = {}
+        self.used = Used()
 
     def count(self, outcome: Outcome, now_s: float) -> None:
         """Add one request, if it was one that an upstream answered."""
         if not outcome.feature or not 200 <= outcome.upstream_status < 300:
             return
         day = int(now_s // _DAY_S)
-        tallies = self._days.get(day)
+        tallies = self.used.days.get(day)
         if tallies is None:
-            tallies = self._days[day] = {}
+            tallies = self.used.days[day] = {}
             self._forget(day - KEPT_DAYS)
         key = (outcome.user, outcome.feature)
-        tally = tallies.get(key)
-        if tally is None:
-            tally = tallies[key] = Tally()
-        tally.requests += 1
-        tally.prompt_tokens += outcome.prompt_tokens or 0
-        tally.completion_tokens += outcome.completion_tokens or 0
+        if key not in tallies:
+            tallies[key] = Tally()
+            self.used.totals.setdefault(key, Tally())
+        prompt, completion = outcome.prompt_tokens or 0, outcome.completion_tokens or 0
+        for tally in (tallies[key], self.used.totals[key]):
+            tally.requests += 1
+            tally.prompt_tokens += prompt
+            tally.completion_tokens += completion
 
-    def of(self, user: str) -> list[Day]:
-        """Return the user's days, the latest first; those without use are left out."""
-        days = []
-        for day, tallies in sorted(self._days.items(), reverse=True):
-            features = {
-                FEATURES.get(feature, feature): tally
-                for (name, feature), tally in tallies.items()
-                if name == user
-            }
-            if features:
-                date = time.strftime("%Y-%m-%d", time.gmtime(day * _DAY_S))
-                days.append(Day(date, features))
-        return days
+    def reply(self, user: str, used: Used) -> Reply:
+        """Say a user's own use, and nobody else's.
 
-    def reply(self, user: str) -> Reply:
-        """Say a user's own use, and nobody else's."""
-        body = msgspec.json.encode(_Usage(user, self._since, self.of(user)))
+        Args: used: of all processes.
+        """
+        body = msgspec.json.encode(_Usage(user, self._since, used.of(user)))
         return Reply(200, JSON, body, {"Cache-Control": "no-store"})
 
     def _forget(self, last: int) -> None:
-        self._days = {day: tally for day, tally in self._days.items() if day > last}
+        days = self.used.days
+        self.used.days = {day: tallies for day, tallies in days.items() if day > last}

@@ -5,9 +5,11 @@ import contextlib
 import io
 import json
 import os
+import re
 import select
 import signal
 import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,7 @@ from tests.support.fixtures import (
     model_configuration,
     running,
 )
-from tests.support.process import serve, spawn, until
+from tests.support.process import Running, serve, spawn, until
 from tests.support.upstream import (
     Hang,
     Pause,
@@ -257,6 +259,35 @@ async def _ask_on(url: str, texts: list[str]) -> None:
                 texts.append(await text_of(url))
 
 
+OF_ANN = {"tokens": [{"name": "ann", "token": "cp_ann"}]}
+BEARING = {"Authorization": "Bearer cp_ann"}
+
+
+async def counted(url: str) -> tuple[float, int]:
+    """How many chats the metrics and the user's own page know of."""
+    raw = await request(url, "GET", "/-/metrics", BEARING)
+    counts = re.findall(r"_user_requests_total\{[^}]*\} ([0-9.]+)", raw.text)
+    page = (await request(url, "GET", "/.api/usage", BEARING)).json()
+    own = [day["features"]["chat_completions"]["requests"] for day in page["days"]]
+    return sum(map(float, counts)), sum(own)
+
+
+def _has_read_again(proxy: Running, times: int) -> bool:
+    return proxy.said.count("was read again") == times
+
+
+async def test_reload_forgets_no_count(file, upstream):
+    upstream.script(sse(*openai_chunks(TEXTS)))
+    write(file, upstream, auth=OF_ANN)
+    async with serve("--config", str(file)) as proxy:
+        for done in (1, 2):
+            await request(proxy.url, "POST", CHAT, BEARING, QUESTION)
+            assert await counted(proxy.url) == (done, done)
+            proxy.signal(signal.SIGHUP)
+            await until(partial(_has_read_again, proxy, done))
+            assert await counted(proxy.url) == (done, done)
+
+
 async def test_reload_of_a_wrong_file_changes_nothing(file, upstream):
     upstream.script(sse(*openai_chunks(TEXTS)))
     async with serve("--config", str(file)) as proxy:
@@ -416,6 +447,18 @@ async def outcome_of(url: str) -> str:
     except (ConnectionError, AssertionError):  # before the head or after it
         return "cut"
     return read_chat(reply.reply, 2).text if reply.reply.complete else "cut"
+
+
+async def test_each_worker_answers_for_all(file, upstream):
+    upstream.script(sse(*openai_chunks(TEXTS)))
+    write(file, upstream, auth=OF_ANN)
+    async with serve("--config", str(file), "--workers", "2") as proxy:
+        for _ in range(12):
+            await request(proxy.url, "POST", CHAT, BEARING, QUESTION)
+        os.kill(proxy.children[0], signal.SIGTERM)  # its successor goes on
+        async with asyncio.timeout(15):
+            while await counted(proxy.url) != (12.0, 12):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
 
 
 async def test_no_worker_outlives_its_parent(file, tmp_path):

@@ -19,6 +19,7 @@ from proxy.outcome import Outcome
 from proxy.redact import Redactor
 from proxy.server import Proxy
 from proxy.upstream import Upstream
+from proxy.usage import UsageCounter
 from tests.support.client import build_request, connect, request, stream
 from tests.support.fixtures import (
     QUESTION,
@@ -179,6 +180,10 @@ def outcome(**fields) -> Outcome:
     return Outcome(**{"id": "x", "route": "/a", **known, **fields})
 
 
+def counting(dialects: dict[str, str]) -> Metrics:
+    return Metrics(dialects, UsageCounter(0.0))
+
+
 def page_of(metrics: Metrics, *others: bytes) -> Page:
     body, content_type = metrics.page("", others)
     assert content_type.startswith("text/plain")
@@ -186,7 +191,7 @@ def page_of(metrics: Metrics, *others: bytes) -> Page:
 
 
 def test_snapshots_add_up():
-    one, two = Metrics({"/a": "cody"}), Metrics({"/a": "cody"})
+    one, two = counting({"/a": "cody"}), counting({"/a": "cody"})
     for metrics, count in ((one, 2), (two, 3)):
         for _ in range(count):
             metrics.count(
@@ -205,8 +210,27 @@ def test_snapshots_add_up():
     assert page_of(one).value("exchanges_total") == 2  # it has learnt nothing of it
 
 
+def test_use_adds_up_by_user_and_for_the_user_by_day():
+    one, two = counting({}), counting({})
+    used = {"upstream_status": 200, "feature": "chat", "completion_tokens": 4}
+    one.usage.count(outcome(user="ann", **used), 0.0)
+    two.usage.count(outcome(user="ann", **used), 86_400.0)
+    two.usage.count(outcome(user="ben", **used), 86_400.0)
+    two.usage.count(outcome(user="ben", **used | {"upstream_status": 0}), 86_400.0)
+    page = page_of(one, two.snapshot())
+    assert page.value("user_requests_total", user="ann", feature="chat") == 2
+    assert page.value("user_tokens_total", user="ben", of="completion") == 4
+    days = one.used([two.snapshot()]).of("ann")
+    assert [day.date for day in days] == ["1970-01-02", "1970-01-01"]
+    two.restore(one.snapshot())  # as a worker does that takes another one's place
+    assert two.used().of("ann") == days
+    for day in range(2, 40):
+        one.usage.count(outcome(user="ann", **used), day * 86_400.0)
+    assert len(one.used().of("ann")) == 31
+
+
 def test_replaced_process_goes_on_from_what_was_left():
-    old, new = Metrics({"/a": "cody"}), Metrics({"/a": "cody"})
+    old, new = counting({"/a": "cody"}), counting({"/a": "cody"})
     old.count(outcome())
     old.read("in_flight", lambda: {"": 7})
     old.read("connections_refused", lambda: {"connections": 2})
@@ -217,7 +241,7 @@ def test_replaced_process_goes_on_from_what_was_left():
     assert page.value("exchanges_total") == 2
     assert page.value("connections_refused_total", reason="connections") == 3
     assert page.value("in_flight") == 0
-    third = Metrics({})
+    third = counting({})
     third.restore(new.snapshot())
     assert page_of(third).value("exchanges_total") == 2
     with pytest.raises(ValueError, match="no snapshot of this version"):
@@ -225,7 +249,7 @@ def test_replaced_process_goes_on_from_what_was_left():
 
 
 def test_board_leaves_out_what_dead_processes_had_open(tmp_path: Path):
-    dead, alive = Metrics({"/a": "cody"}), Metrics({"/a": "cody"})
+    dead, alive = counting({"/a": "cody"}), counting({"/a": "cody"})
     for slot, metrics in ((1, dead), (2, alive)):
         metrics.count(outcome())
         metrics.read("in_flight", lambda: {"": 1})
@@ -236,7 +260,7 @@ def test_board_leaves_out_what_dead_processes_had_open(tmp_path: Path):
     own = Board(tmp_path, 0)
     assert own.left() is None
     others = own.others(now_s=1000 + DEAD_AFTER_S + 1)
-    page = page_of(Metrics({}), *others)
+    page = page_of(counting({}), *others)
     assert (page.value("exchanges_total"), page.value("in_flight")) == (2, 1)
 
 

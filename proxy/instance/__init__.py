@@ -17,7 +17,6 @@ from proxy.instance.client_config import client_config
 from proxy.instance.graphql import Operations
 from proxy.instance.home import home
 from proxy.instance.supported_models import supported_models
-from proxy.usage import UsageCounter
 
 GRAPHQL = "/.api/graphql"
 
@@ -45,9 +44,11 @@ _Reply: TypeAlias = Callable[[Visit], Reply]
 
 
 class Instance:
-    """The pages of an instance; the clock of ``usage`` is that of whoever counts."""
+    """The pages of an instance. ``usage`` answers a user's question for their own."""
 
-    def __init__(self, settings: Settings, access: Access, usage: UsageCounter) -> None:
+    def __init__(
+        self, settings: Settings, access: Access, usage: Callable[[str], Reply]
+    ) -> None:
         operations = Operations(settings)
         desk = sign_in.Desk(access, settings)
         self._home = Page(_always(home(settings)), needs_token=False)
@@ -68,7 +69,7 @@ class Instance:
             ),
             # There are none: what rules there are lie in the client's own files.
             "/.api/rules": Page(_always(Reply(200, JSON, b'{"rules":[]}'))),
-            "/.api/usage": Page(lambda visit: usage.reply(visit.user)),
+            "/.api/usage": Page(lambda visit: usage(visit.user)),
             "/-/debug/otlp/v1/traces": Page(
                 _always(Reply(200, JSON, b"{}")),
                 methods=("POST",),

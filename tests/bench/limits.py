@@ -9,6 +9,7 @@ from proxy.config import Rates, TokenLimits
 from proxy.limits import InFlight, RateCounter, plans
 from proxy.metrics import Metrics
 from proxy.outcome import Outcome
+from proxy.usage import UsageCounter
 
 ROUNDS = 20_000
 RUNS = 7
@@ -30,7 +31,7 @@ OUTCOME = Outcome(
 
 
 def run() -> None:
-    metrics = Metrics({OUTCOME.route: "openai-chat"})
+    metrics = Metrics({OUTCOME.route: "openai-chat"}, UsageCounter(0.0))
     door = InFlight(1000, {"acme": 100}, 10)
 
     def in_and_out() -> None:
