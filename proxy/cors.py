@@ -7,6 +7,7 @@ Source: https://fetch.spec.whatwg.org/#http-cors-protocol
 """
 
 from collections.abc import Mapping, Sequence
+from urllib.parse import urlsplit
 
 from proxy.dialects.base import Reply
 
@@ -18,6 +19,24 @@ _PREFLIGHT = {
     "Access-Control-Allow-Headers": "Authorization, *",
     "Access-Control-Max-Age": "86400",
 }
+
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def is_foreign(origin: str, allowed: Sequence[str]) -> bool:
+    """Whether a request comes from a web page that was not meant to ask.
+
+    A browser lets any page send a POST to a local port, though it may not read the
+    answer; where no token is asked for, that page would use the model. Pages served by
+    this machine, and applications with schemes of their own, may ask.
+    """
+    if origin in allowed:
+        return False
+    url = urlsplit(origin)
+    if url.scheme in ("http", "https"):
+        return url.hostname not in _LOOPBACK
+    return origin == "null"  # a page that hides where it is from
 
 
 class Origins:

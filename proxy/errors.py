@@ -6,6 +6,7 @@ ProxyError
         InvalidPrompt      a well-formed request whose messages no model accepts
         UnknownModel       no configured model has that name
         Unauthorized       no token, or an unknown one
+        ForeignOrigin      a web page asks that nobody has allowed to
         UnknownPath        nothing is served at that path
         MethodNotAllowed   the path is served, but not for that method
         UnsupportedVersion an api-version that is not a number
@@ -95,6 +96,11 @@ class UnknownModel(ClientFault):
 class Unauthorized(ClientFault):
     status = 401
     kind = "unauthorized"
+
+
+class ForeignOrigin(ClientFault):
+    status = 403
+    kind = "foreign_origin"
 
 
 class UnknownPath(ClientFault):

@@ -26,7 +26,7 @@ from proxy.admission import Admission, admission
 from proxy.auth import NOT_GIVEN, Access, credential
 from proxy.completion import CompletionRequest, Feature
 from proxy.config import Settings
-from proxy.cors import Origins
+from proxy.cors import Origins, is_foreign
 from proxy.dialects.adjust import (
     ADJUSTED,
     decode_fields,
@@ -46,6 +46,7 @@ from proxy.dialects.base import (
 )
 from proxy.dialects.gateway import Window
 from proxy.errors import (
+    ForeignOrigin,
     InvalidRequest,
     LimitReached,
     MethodNotAllowed,
@@ -362,6 +363,13 @@ class _Handling:
         self._incoming.check(head)
 
     def _check_token(self, head: Head) -> None:
+        settings = self._proxy.settings
+        origin = head.headers.get("Origin") if settings.open else None
+        if origin is not None and is_foreign(origin, settings.origins):
+            raise ForeignOrigin(
+                "web pages of other machines may not ask without a token; allow one by "
+                "its origin under origins in the proxy's configuration"
+            )
         try:
             header = self._proxy.settings.auth_header
             token = self._proxy.access.check(_authorization(head, header))

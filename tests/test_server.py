@@ -1208,3 +1208,35 @@ async def test_client_that_takes_its_time_for_the_last_bytes(
     else:
         assert received.endswith(b"event: done\ndata: {}\n\n")
         assert proxy.outcomes[-1]["kind"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "origin,status",
+    [
+        (None, 200),
+        ("http://localhost:3000", 200),
+        ("http://127.0.0.1:8080", 200),
+        ("http://[::1]:8080", 200),
+        ("vscode-webview://x", 200),
+        ("https://cody.example.com", 200),
+        ("https://evil.example.com", 403),
+        ("http://localhost.evil.example.com", 403),
+        ("null", 403),
+    ],
+)
+async def test_open_proxy_and_web_pages(start: Starter, upstream, origin, status):
+    upstream.script(ANSWER)
+    proxy = await start(
+        model_configuration(upstream.url), origins=["https://cody.example.com"]
+    )
+    headers = {} if origin is None else {"Origin": origin}
+    raw = await proxy.code(headers=headers)
+    assert raw.status == status, raw.text
+    assert len(upstream.requests) == (status == 200)
+
+
+async def test_web_page_with_a_token_may_ask(start: Starter, upstream):
+    upstream.script(ANSWER)
+    proxy = await start(model_configuration(upstream.url), auth=AUTH)
+    headers = {"Origin": "https://evil.example.com", "Authorization": f"token {TOKEN}"}
+    assert (await proxy.code(headers=headers)).status == 200
