@@ -29,6 +29,10 @@ _TOKENS = """\
 #     - {name: ann, token: "${ANN_TOKEN}"}
 """
 _SECRET_KEYS = {"accessToken", "credentialsJSON"}
+_DAILY_LIMITS = {
+    "perUserDailyLimit": "chat",
+    "perUserCodeCompletionsDailyLimit": "code",
+}
 _FILTERS = "cody.contextFilters"
 
 
@@ -56,6 +60,12 @@ def convert(text: str) -> Converted:
     if filters is not None:
         read_data(filters, ContextFilters, _FILTERS, findings.problems)
         file["instance"] = {"contextFilters": secrets.replaced(filters, [])}
+    if limits := _daily_limits(site):
+        file["limits"] = {"token": limits}
+        taken = [f"completions.{key}" for key in _DAILY_LIMITS]
+        findings.warnings = [
+            text for text in findings.warnings if not text.startswith(tuple(taken))
+        ]
     if findings.problems:
         raise ConfigError(findings.problems)
     needs = "".join(f"#   {name}\n" for name in secrets.names)
@@ -68,6 +78,17 @@ def convert(text: str) -> Converted:
         list(secrets.names),
         findings.warnings,
     )
+
+
+def _daily_limits(site: Mapping[str, object]) -> dict[str, object]:
+    """Return each user's limits, which stand in the older block whatever the models."""
+    block = site.get("completions")
+    given = block if isinstance(block, dict) else {}
+    return {
+        feature: {"requestsPerDay": amount}
+        for key, feature in _DAILY_LIMITS.items()
+        if isinstance(amount := given.get(key), int) and amount > 0
+    }
 
 
 def _models(site: Mapping[str, object], findings: Findings) -> object:

@@ -255,6 +255,26 @@ def test_a_site_configuration_becomes_a_file_without_its_secrets():
     assert filters.exclude[0].repo_name_pattern == "^private/"
 
 
+def test_daily_limits_are_taken_over():
+    site = {
+        "completions": {
+            "provider": "anthropic",
+            "accessToken": "sk-x",
+            "perUserDailyLimit": 100,
+            "perUserCodeCompletionsDailyLimit": 2000,
+        }
+    }
+    found = convert(json.dumps(site))
+    assert yaml.safe_load(found.text)["limits"] == {
+        "token": {"chat": {"requestsPerDay": 100}, "code": {"requestsPerDay": 2000}}
+    }
+    assert not [text for text in found.warnings if "Daily" in text]
+    loaded = config.load(
+        found.text, environ=dict.fromkeys(found.variables, "x"), directory=Path()
+    )
+    assert loaded.limits.token.code.requests_per_day == 2000
+
+
 def test_the_published_example_is_taken_over_whole():
     found = convert("{" + BLESSED + "}")
     assert found.variables == []
