@@ -153,6 +153,7 @@ class Relay:
         self._deadline_s = self._closing_s = started_s + timeout_s
         self._task = asyncio.current_task(self._loop)
         self._asked_s = self._loop.time()
+        self._outbox = upstream.outbox
         self._set_clock()
         call = self._call
         asked = upstream.open(
@@ -195,6 +196,8 @@ class Relay:
         if self._verbose:
             self._log.upstream_request(outcome.id, call.url, call.headers, call.body)
         reply = self._reply = await asked.start()
+        # The task has waited, so whatever aiohttp writes next comes in a later turn.
+        self._response.outbox = self._outbox
         outcome.upstream_status = reply.status
         if self._verbose:
             self._log.upstream_reply(outcome.id, reply.status, dict(reply.pairs))

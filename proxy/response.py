@@ -15,6 +15,7 @@ from aiohttp import web
 
 from proxy import __version__
 from proxy.dialects.base import Reply
+from proxy.outbox import Outbox
 
 SERVER = f"completions-proxy/{__version__}"
 _EMPTY = frozenset((204, 304))
@@ -42,6 +43,9 @@ class Response:
         self._id = id
         self._is_chunked = False
         self.more = b""  # header lines
+        # Where writes may wait for the end of the turn; None while aiohttp might write
+        # to the same socket within it.
+        self.outbox: Outbox | None = None
 
     # ------------------------------------------------------------------------- writing
 
@@ -92,7 +96,12 @@ class Response:
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client is gone")
         self.is_begun = True
-        transport.write(data)
+        if self.outbox is None:
+            transport.write(data)
+            return
+        self.outbox.write(transport, data)
+        if not self.keep_alive:  # then aiohttp is about to close it
+            self.outbox.flush(transport)
 
     def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
         self.status = status

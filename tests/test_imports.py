@@ -28,7 +28,7 @@ FLOORS = [
     },
     {
         *("upstream", "response", "relay", "forward", "server", "simulator", "probe"),
-        *("sockets", "interrupt", "admission", "connections"),
+        *("sockets", "interrupt", "admission", "connections", "outbox"),
     },
     {"__main__", "serve", "workers"},
 ]
@@ -47,6 +47,8 @@ NEIGHBOURS = {
     "limits": {"config"},
     "metrics": {"outcome", "usage"},
     "relay": {"upstream", "response"},
+    "upstream": {"outbox"},
+    "response": {"outbox"},
     "probe": {"upstream"},
     "forward": {"upstream", "interrupt", "relay"},
     "server": {

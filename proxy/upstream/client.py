@@ -27,6 +27,7 @@ from proxy.errors import (
     UpstreamTruncated,
     UpstreamUnreachable,
 )
+from proxy.outbox import Outbox
 from proxy.tls import UpstreamTls, distrust, upstream_context
 from proxy.upstream.connection import BadReply, Connection, ConnectionFailed
 from proxy.upstream.tunnel import TunnelFailed, open_tunnel
@@ -243,11 +244,15 @@ class Upstream:
 
     Args: tls: how servers are verified; None: by the system's authorities.
           egress: the HTTP proxies to go through; None: directly.
+          outbox: for small writes; each loop needs one only.
     Raises: BadFile: one of ``tls``.
     """
 
     def __init__(
-        self, tls: UpstreamTls | None = None, egress: Egress | None = None
+        self,
+        tls: UpstreamTls | None = None,
+        egress: Egress | None = None,
+        outbox: Outbox | None = None,
     ) -> None:
         self._tls_settings = tls
         self._egress = egress
@@ -257,6 +262,7 @@ class Upstream:
         self._tls = None if tls is None else upstream_context(tls)
         # Asked for once: CPython 3.11 makes a system call for each answer.
         self._loop = asyncio.get_running_loop()
+        self.outbox = outbox or Outbox(self._loop)
         self._sweeper: asyncio.TimerHandle | None = None
         self._is_closed = False
 
@@ -269,7 +275,7 @@ class Upstream:
         if (tls, egress) == (self._tls_settings, self._egress):
             return self
         if (tls, egress) not in self._others:
-            self._others[tls, egress] = Upstream(tls, egress)
+            self._others[tls, egress] = Upstream(tls, egress, self.outbox)
         return self._others[tls, egress]
 
     @property
@@ -377,7 +383,7 @@ class Upstream:
             try:
                 tls = self._context() if target.scheme == "https" else None
                 _, connection = await loop.create_connection(
-                    Connection,
+                    partial(Connection, self.outbox),
                     sock=raw,
                     ssl=tls,
                     server_hostname=target.host if tls else None,

@@ -12,6 +12,8 @@ from typing import cast
 
 import httptools
 
+from proxy.outbox import Outbox
+
 # A reader that does not come for its bytes stops the socket at this many.
 HIGH_WATER_BYTES = 64 * 1024
 MAX_HEAD_BYTES = 64 * 1024
@@ -38,8 +40,9 @@ class Connection(asyncio.Protocol):
     closing it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outbox: Outbox) -> None:
         self.status = 0
+        self._outbox = outbox
         self.listener: Callable[[], None] | None = None
         # As they came; the names in lower case, of several of one name the first.
         self.pairs: list[tuple[bytes, bytes]] = []
@@ -76,7 +79,7 @@ class Connection(asyncio.Protocol):
         """Send a request whose body is there already."""
         self._begin(bodiless)
         assert self._transport is not None
-        self._transport.write(head + body if body else head)
+        self._outbox.write(self._transport, head + body if body else head)
 
     def send_stream(
         self,
