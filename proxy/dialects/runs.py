@@ -23,7 +23,15 @@ class Runs:
     would find the same in it, with another text.
     """
 
-    __slots__ = ("_after", "_before", "_between", "_lessons", "is_learning")
+    __slots__ = (
+        "_after",
+        "_before",
+        "_between",
+        "_lessons",
+        "_line_head",
+        "_lines",
+        "is_learning",
+    )
 
     def __init__(self) -> None:
         self.is_learning = True
@@ -31,6 +39,8 @@ class Runs:
         self._before = b""
         self._after = b""
         self._between = b""
+        self._lines = 0  # of an event, the blank one included
+        self._line_head = 0  # where the line with the text begins
 
     def learn(self, event: Event, text: str, data: bytes) -> None:
         """Remember how an event looks that said nothing but ``text``.
@@ -51,6 +61,8 @@ class Runs:
             if before in data:
                 self._before, self._after = before, b'"%b%b' % (tail, _END)
                 self._between = self._after + before
+                self._lines = self._between.count(b"\n")
+                self._line_head = before.rfind(b"\n") + 1
                 self.is_learning = False
                 return
 
@@ -72,11 +84,18 @@ class Runs:
             return 0, []
         head, tail = len(before), len(_END) - len(after)
         end -= tail
-        events = data[:end].split(_END)
-        texts = [event[head:tail] for event in events]
+        # By lines, since one byte is found much faster than two.
+        count, start = self._lines, head - self._line_head
+        lines = data[:end].split(b"\n")[count - 2 :: count]
+        texts = [line[start:tail] for line in lines]
         # Put together again it is what it was, if all of them are of this kind.
-        if not (_are_plain(texts) and data.startswith(self._between.join(texts), head)):
-            texts = self._first_plain(events)
+        whole = self._between.join(texts)
+        if (
+            len(whole) != end + tail - head
+            or not data.startswith(whole, head)
+            or not _are_plain(texts)
+        ):
+            texts = self._first_plain(data[:end].split(_END))
             around = head - tail + len(_END)
             end = sum(map(len, texts)) + around * len(texts) - len(_END)
         self._lessons = 0
