@@ -88,9 +88,11 @@ def decode_arguments(text: str) -> object:
 
     Raises: InvalidPrompt: they are nested too deeply.
     """
-    value = decode_lenient(text)
     try:
+        value = json.loads(text)
         return replace_surrogates(value) if isinstance(value, dict) else {}
+    except ValueError:
+        return {}
     except RecursionError:
         raise InvalidPrompt("tool call arguments are nested too deeply") from None
 
