@@ -305,20 +305,24 @@ class ConnectTimeout(UpstreamUnreachable):
 class DeadlineExceeded(UpstreamFault):
     status = 504
     kind = "deadline_exceeded"
+    is_sick = False  # it may be the client who has little time, or takes it
 
 
 class HeadersTimeout(DeadlineExceeded):
     kind = "headers_timeout"
     retryable = True
+    is_sick = True
 
 
 class FirstTokenTimeout(DeadlineExceeded):
     kind = "first_token_timeout"
     retryable = True
+    is_sick = True
 
 
 class TokenGapTimeout(DeadlineExceeded):
     kind = "token_gap_timeout"
+    is_sick = True
 
 
 class ShuttingDown(ProxyError):

@@ -9,7 +9,13 @@ import random
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal, TypeAlias
 
-from proxy.errors import ProxyError, UpstreamFault, UpstreamUnreachable
+from proxy.errors import (
+    ProxyError,
+    UpstreamFault,
+    UpstreamReported,
+    UpstreamStatus,
+    UpstreamUnreachable,
+)
 from proxy.modelconfig.resolved import Endpoint
 
 Balance: TypeAlias = Literal["least-outstanding", "round-robin", "random"]
@@ -39,8 +45,8 @@ class Member:
         "failures",
         "in_flight",
         "is_closed",
-        "is_tried",
         "name",
+        "prober",
         "weight",
     )
 
@@ -51,7 +57,8 @@ class Member:
         self.in_flight = 0
         self.failures = 0
         self.is_closed = False
-        self.is_tried = False  # a request is out that decides whether it opens again
+        # Whose request decides whether it opens again, None if none is out.
+        self.prober: object | None = None
         self.closed_until_s = 0.0
         self.back_off_s = FIRST_BACK_OFF_S
 
@@ -83,11 +90,15 @@ class Pool:
     def __len__(self) -> int:
         return len(self.members)
 
-    def pick(self, now: float, tried: Collection[Member] = ()) -> Member | None:
+    def pick(
+        self, now: float, by: object, tried: Collection[Member] = ()
+    ) -> Member | None:
         """Return the endpoint to ask, counted as asked from now on.
 
         None if all have been ``tried``. If none is open, the one that is to be asked
         again first is asked now: a refusal by it tells more than one by us.
+
+        Args: by: who asks; the same has to be said when it has ``finished``.
         """
         if len(self.members) == 1:
             member = self.members[0]
@@ -100,8 +111,8 @@ class Pool:
             member = self._choose(
                 [member for member in left if _may_be_asked(member, now)]
             ) or min(left, key=lambda member: member.closed_until_s)
-        if member.is_closed:
-            member.is_tried = True
+        if member.is_closed and _may_be_asked(member, now):
+            member.prober = by
         member.in_flight += 1
         if not tried:
             self._retries = min(self._retries + RETRY_SHARE, MOST_RETRIES)
@@ -115,33 +126,41 @@ class Pool:
         return True
 
     def finished(
-        self, member: Member, error: ProxyError | None, now: float, is_complete: bool
+        self,
+        member: Member,
+        error: ProxyError | None,
+        now: float,
+        by: object,
+        *,
+        is_complete: bool,
     ) -> None:
         """Note how a request ended: with an error, or ``is_complete``, or neither since
         the client went away before anything could be known.
         """
         member.in_flight -= 1
+        was_probe = member.prober is by
+        if was_probe:
+            member.prober = None
         if isinstance(error, UpstreamFault) and error.is_sick:
-            self._failed(member, now, at_once=isinstance(error, UpstreamUnreachable))
-        elif isinstance(error, UpstreamFault) and error.retryable:
-            member.is_tried = False  # busy: neither good nor bad
-        elif error is not None or is_complete:
+            at_once = isinstance(error, UpstreamUnreachable)
+            self._failed(member, now, at_once=at_once, was_probe=was_probe)
+        elif is_complete or _is_answer(error):
             member.failures = 0
             if member.is_closed:
-                member.is_closed = member.is_tried = False
+                member.is_closed, member.prober = False, None
                 member.back_off_s = FIRST_BACK_OFF_S
-        else:
-            member.is_tried = False
 
-    def _failed(self, member: Member, now: float, *, at_once: bool) -> None:
+    def _failed(
+        self, member: Member, now: float, *, at_once: bool, was_probe: bool
+    ) -> None:
         member.failures += 1
         if member.is_closed:
-            if not member.is_tried:
+            if not was_probe:
                 return  # asked before it was closed: that counts once
             member.back_off_s = min(2 * member.back_off_s, LONGEST_BACK_OFF_S)
         elif not at_once and member.failures < FAILURES:
             return
-        member.is_closed, member.is_tried = True, False
+        member.is_closed = True
         member.closed_until_s = now + member.back_off_s
 
     def _choose(self, members: list[Member]) -> Member | None:
@@ -179,5 +198,12 @@ class Pool:
 
 def _may_be_asked(member: Member, now: float) -> bool:
     return not member.is_closed or (
-        now >= member.closed_until_s and not member.is_tried
+        now >= member.closed_until_s and member.prober is None
     )
+
+
+def _is_answer(error: ProxyError | None) -> bool:
+    """Whether the endpoint does what it is there for: it refuses this request. One that
+    is busy is neither good nor bad.
+    """
+    return isinstance(error, UpstreamStatus | UpstreamReported) and not error.retryable

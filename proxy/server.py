@@ -476,10 +476,14 @@ class _Handling:
             knobs.apply(asked.completion, len(asked.body))
             timeout_s = knobs.timeout_s(asked.completion, timeout_s)
         tried: list[Member] = []
-        member = pool.pick(loop.time())
+        member = pool.pick(loop.time(), self)
         while member is not None:
-            outcome.endpoint = member.name
-            call = self._call(asked, member.endpoint)
+            outcome.endpoint, outcome.upstream_status = member.name, 0
+            try:
+                call = self._call(asked, member.endpoint)
+            except Exception:  # it cannot be said there: nothing was asked
+                pool.finished(member, None, loop.time(), self, is_complete=False)
+                raise
             relay = self._relay(asked, call)
             try:
                 upstream = self._proxy.upstreams[asked.settings.id]
@@ -495,11 +499,17 @@ class _Handling:
                 outcome.tried.append(f"{member.name} {fault.kind}")
             finally:
                 self._proxy.finished(relay)
-                pool.finished(member, relay.error, loop.time(), relay.is_complete)
+                pool.finished(
+                    member,
+                    relay.error,
+                    loop.time(),
+                    self,
+                    is_complete=relay.is_complete,
+                )
                 if (usage := call.reader.usage) is not None:
                     outcome.prompt_tokens = usage.prompt_tokens
                     outcome.completion_tokens = usage.completion_tokens
-            member = pool.pick(loop.time(), tried)
+            member = pool.pick(loop.time(), self, tried)
 
     def _relay(self, asked: "_Asked", call: Call) -> Relay:
         proxy, settings = self._proxy, asked.settings
@@ -819,7 +829,7 @@ class _Page(_Handling):
         proxy = self._proxy
         provider, pool = proxy.providers[settings.id], proxy.pools[settings.id]
         given = self._admit(settings)
-        member = pool.pick(self._loop.time())
+        member = pool.pick(self._loop.time(), self)
         assert member is not None  # nobody was tried yet
         endpoint = member.endpoint
         self._outcome.endpoint = member.name
@@ -850,7 +860,7 @@ class _Page(_Handling):
                     is_optional=self._path in routes.FORWARDED,
                     clients_credential=settings.client_credentials,
                 )
-            is_complete = True
+            is_complete = self._outcome.upstream_status < 500
             return response
         except UpstreamFault as error:
             fault = error
@@ -858,7 +868,9 @@ class _Page(_Handling):
                 error.status = 503
             raise
         finally:
-            pool.finished(member, fault, self._loop.time(), is_complete)
+            pool.finished(
+                member, fault, self._loop.time(), self, is_complete=is_complete
+            )
 
     async def _named_model(self, path: str) -> tuple[bytes | None, Model]:
         models = self._proxy.models

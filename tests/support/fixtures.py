@@ -52,11 +52,13 @@ def model_configuration(
 class RunningProxy:
     """The proxy of one test.
 
-    ``url`` is where it listens; ``lines`` are the log lines so far.
+    ``url`` is where it listens; ``lines`` are the log lines so far; ``inside`` is for
+    what has to be seen from within: what is still open.
     """
 
-    def __init__(self, url: str, log: io.StringIO) -> None:
+    def __init__(self, url: str, log: io.StringIO, inside: Proxy) -> None:
         self.url = url
+        self.inside = inside
         self._log = log
 
     @property
@@ -101,7 +103,7 @@ async def running(
     listener = Listener(proxy)
     try:
         addresses = await listener.start()
-        yield RunningProxy(f"http://127.0.0.1:{addresses[0][1]}", log)
+        yield RunningProxy(f"http://127.0.0.1:{addresses[0][1]}", log, proxy)
     finally:
         await listener.stop()
         await upstream.close()
