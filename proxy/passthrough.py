@@ -80,9 +80,9 @@ class PassThrough:
             return self._watch(data)
         out = b""
         while data and not self.is_ended:
-            end = self._run_length(data)
+            end, has_text = self._run(data)
             if end:
-                self.progress += 1
+                self.progress += has_text
                 out += data[:end]
             else:
                 # Event by event up to the answer, then all that is left.
@@ -149,8 +149,10 @@ class PassThrough:
             )
         self._reader.eof()
 
-    def _run_length(self, data: bytes) -> int:
-        """Most of a stream only goes on with the text and need not be parsed."""
+    def _run(self, data: bytes) -> tuple[int, bool]:
+        """Most of a stream only goes on with the text and need not be parsed: return
+        the length of that, and whether there is any text in it.
+        """
         if (
             not self.is_answering
             or self._tail
@@ -158,8 +160,9 @@ class PassThrough:
             or self._reader.finished
             or len(data) > self._limit_bytes
         ):
-            return 0
-        return self._runs.split(data)[0]
+            return 0, False
+        end, texts = self._runs.split(data)
+        return end, any(texts)
 
     def _watch(self, data: bytes) -> bytes:
         """Let the bytes through as they are."""

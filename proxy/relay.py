@@ -8,6 +8,7 @@ its error. A slow client slows the upstream: nothing is queued in between.
 import asyncio
 import contextlib
 import logging
+import math
 from functools import lru_cache
 from typing import NoReturn
 
@@ -110,7 +111,8 @@ class Relay:
         self._progress = 0  # of the exchange, when it was last looked at
         self._answered_s = 0.0  # when the answer began or last went on
         self._spoken = 0  # writes to the client, and their number at the last tick
-        self._spoken_before = -1
+        self._spoken_before = 0
+        self._quiet_s = 0.0  # since when the client is known to have heard nothing
         self._reply_headers = reply_headers
         self._clients_credential = clients_credential
         self._loop = loop
@@ -152,7 +154,7 @@ class Relay:
         self._timeout_s = timeout_s
         self._deadline_s = self._closing_s = started_s + timeout_s
         self._task = asyncio.current_task(self._loop)
-        self._asked_s = self._loop.time()
+        self._asked_s = self._quiet_s = self._loop.time()
         self._outbox = upstream.outbox
         self._set_clock()
         call = self._call
@@ -213,18 +215,26 @@ class Relay:
         if not self._is_over:
             reply.listen(self._step)
         while not self._is_over:
-            self._event = self._loop.create_future()
-            await self._event
-            if self._stopped is not None:
-                raise self._stopped
-            if self._response.is_clogged and not self._is_over:
-                # A slow client slows the upstream: nothing is queued in between.
-                self._event = None
-                reply.pause()
-                await self._response.drain()
-                reply.resume()
+            if self._response.is_clogged:
+                await self._hold(reply)
+            else:
+                self._event = self._loop.create_future()
+                await self._event
+                if self._stopped is not None:
+                    raise self._stopped
+            if not (self._is_over or self._response.is_clogged):
+                # What came while nobody listened is not announced again.
                 self._step_on(reply, self._exchange)
         asked.finish()
+
+    async def _hold(self, reply: UpstreamReply) -> None:
+        """Let the upstream wait for a slow client: nothing is queued in between."""
+        self._event = None
+        reply.pause()
+        await self._response.drain()
+        reply.resume()
+        if self._answered_s:  # none of that time was the upstream's
+            self._answered_s = self._loop.time()
 
     def _step(self) -> None:
         """Called by the upstream's socket when something has come."""
@@ -281,9 +291,11 @@ class Relay:
         then it is looked at again.
         """
         due_s = min(self._closing_s, self._expected_s()[0])
-        every_s = self._keep_alive.every_s
-        if self._completion.stream and every_s:
-            due_s = min(due_s, self._loop.time() + every_s)
+        if self._completion.stream:
+            # The answer may begin, or the client read again, the moment after this.
+            due_s = min(due_s, self._loop.time() + self._timeouts.between_tokens_s)
+            if every_s := self._keep_alive.every_s:
+                due_s = min(due_s, self._quiet_s + every_s)
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self._loop.call_at(due_s, self._tick)
@@ -292,15 +304,20 @@ class Relay:
         """When the upstream must have done what, and how its failure is called."""
         timeouts = self._timeouts
         if self._completion.stream:
-            if self._answered_s:
+            if self._answered_s and self._response.is_clogged:
+                pass  # the client's turn, not the upstream's
+            elif self._answered_s:
                 due_s = self._answered_s + timeouts.between_tokens_s
                 return due_s, TokenGapTimeout, "go on with its answer"
-            if self._reply is None and timeouts.headers_s is not None:
-                due_s = self._asked_s + timeouts.headers_s
-                return due_s, HeadersTimeout, "begin its reply"
-            if timeouts.first_token_s is not None:
-                due_s = self._asked_s + timeouts.first_token_s
+            headers_s, first_s = timeouts.headers_s, timeouts.first_token_s
+            if self._reply is not None or headers_s is None:
+                headers_s = math.inf
+            if first_s is not None and first_s < headers_s:
+                due_s = self._asked_s + first_s
                 return due_s, FirstTokenTimeout, "begin its answer"
+            if headers_s < math.inf:
+                due_s = self._asked_s + headers_s
+                return due_s, HeadersTimeout, "begin its reply"
         return self._deadline_s, DeadlineExceeded, "complete the reply"
 
     def _tick(self) -> None:
@@ -311,7 +328,7 @@ class Relay:
         elif now_s >= due_s:
             self._stop(self._late(kind, what))
         else:
-            self._speak_again()
+            self._speak_again(now_s)
             self._set_clock()
 
     def _late(self, kind: type[DeadlineExceeded], what: str) -> DeadlineExceeded:
@@ -326,11 +343,15 @@ class Relay:
             f"{limit_s * 1000:.0f} ms"
         )
 
-    def _speak_again(self) -> None:
+    def _speak_again(self, now_s: float) -> None:
         """Let a client that has heard nothing for a while know that we are there."""
-        before, self._spoken_before = self._spoken_before, self._spoken
+        if self._spoken != self._spoken_before:
+            self._spoken_before, self._quiet_s = self._spoken, now_s
+        if now_s < self._quiet_s + self._keep_alive.every_s:
+            return  # looked at for another reason
+        self._quiet_s = now_s
         response, exchange = self._response, self._exchange
-        if before != self._spoken or response.is_clogged or self._is_over:
+        if response.is_clogged or self._is_over:
             return
         if not response.is_begun and not self._keep_alive.before_first_token:
             return

@@ -478,6 +478,9 @@ class _Writer:
         return json.dumps(reply, separators=(",", ":")).encode("ascii") + b"\n"
 
 
+_MOST_REPEATED_CHARS = 64 * 1024
+
+
 class CumulativeWriter(_Writer):
     """Legacy and api-version 1: each frame has the whole text so far."""
 
@@ -487,6 +490,8 @@ class CumulativeWriter(_Writer):
 
     def frames(self, deltas: list[Delta]) -> bytes:
         out = []
+        if len(deltas) > 1:
+            deltas = self._joined(deltas)
         for delta in deltas:
             if type(delta) is Text:
                 self._quoted += _quote(delta.text)[1:-1]
@@ -494,6 +499,16 @@ class CumulativeWriter(_Writer):
             elif type(delta) is Finish:
                 out.append(self._frame(_quote(delta.reason)))
         return "".join(out).encode("ascii")
+
+    def _joined(self, deltas: list[Delta]) -> list[Delta]:
+        """Say together what came together, before it becomes too many copies of the
+        text so far: clients look at the last one of a read only.
+        """
+        texts = [delta.text for delta in deltas if type(delta) is Text]
+        text = "".join(texts)
+        if len(texts) * (len(self._quoted) + len(text)) <= _MOST_REPEATED_CHARS:
+            return deltas
+        return [Text(text), *(delta for delta in deltas if type(delta) is not Text)]
 
     def keep_alive(self) -> bytes:
         return self._frame('""').encode("ascii")

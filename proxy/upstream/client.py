@@ -123,6 +123,8 @@ class UpstreamReply:
         while not (data := self.take()):
             if self.is_complete:
                 return b""
+            if (failure := self.failure) is not None:
+                raise failure
             try:
                 await self._connection.arrival()
             except (ConnectionFailed, BadReply) as error:
@@ -158,18 +160,22 @@ class UpstreamReply:
 
     @property
     def is_complete(self) -> bool:
-        """All has been taken. Raises: UpstreamTruncated: but it was cut when packed."""
+        """All has been taken, and it is whole."""
         if not self._connection.is_complete or self.has_more:
             return False
-        if self._unpacker is not None and not self._unpacker.is_whole:
-            raise UpstreamTruncated(_TRUNCATED)
-        return True
+        return self._unpacker is None or self._unpacker.is_whole
 
     @property
     def failure(self) -> UpstreamFault | None:
         """Why nothing will follow what can be taken."""
         error = self._connection.error
-        return _broken(error) if error is not None else None
+        if error is not None:
+            return _broken(error)
+        unpacker = self._unpacker
+        if unpacker is None or unpacker.is_whole or unpacker.has_more:
+            return None
+        # The end of the reply may be there, but not of what was packed in it.
+        return UpstreamTruncated(_TRUNCATED) if self._connection.is_complete else None
 
     def pause(self) -> None:
         """Let the upstream wait."""
