@@ -183,6 +183,9 @@ class PassThrough:
         parser, reader, runs = self._parser, self._reader, self._runs
         try:
             for event in parser.feed(data):
+                if reader.ended:  # what follows is nothing that a client should see
+                    self._is_reframed = True
+                    break
                 said = len(deltas)
                 reader.read(event, deltas)
                 events.append(event)
