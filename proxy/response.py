@@ -5,6 +5,7 @@ as much as all the rest of a request. What is written here is little: a status l
 few headers that are mostly the same every time, and chunks.
 """
 
+import asyncio
 import time
 from collections.abc import Mapping
 from email.utils import formatdate
@@ -126,7 +127,9 @@ class Response:
 
     async def drain(self) -> None:
         """Wait until it has read most of it."""
-        await self._request.writer.drain()
+        # Of a connection there is one future for that, and once it was cancelled (by a
+        # deadline, say) whoever waits for the last bytes would be cancelled by it, too.
+        await asyncio.shield(self._request.writer.drain())
 
     def abort(self) -> None:
         """Break the connection off: what was begun cannot be ended in another way."""

@@ -266,6 +266,9 @@ def _dumps(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
+_MOST_PIECES = 2048
+
+
 class GenerateWriter:
     """Says text only: TGI's own API has no word for thoughts and none for tool calls,
     and to print them into the text would put them into somebody's file.
@@ -283,6 +286,7 @@ class GenerateWriter:
         self._details = details
         self._listed = listed
         self._texts: list[str] = []
+        self._pieces = 0
         self._finish = ""
         self._usage: Usage | None = None
 
@@ -290,16 +294,22 @@ class GenerateWriter:
         out = []
         for delta in deltas:
             if type(delta) is Text:
-                self._texts.append(delta.text)
+                self._add(delta.text)
                 out.append(self._token(delta.text))
             else:
                 self._note(delta)
         return "".join(out).encode("ascii")
 
+    def _add(self, text: str) -> None:
+        self._texts.append(text)
+        self._pieces += 1
+        if len(self._texts) > _MOST_PIECES:  # each takes ten times its own space
+            self._texts = ["".join(self._texts)]
+
     def _token(self, text: str) -> str:
         # The tokens' numbers and probabilities are nowhere told outside of TGI.
         return (
-            f'{_DATA}{{"index":{len(self._texts)},"token":{{"id":0,"text":{_quote(text)},'
+            f'{_DATA}{{"index":{self._pieces},"token":{{"id":0,"text":{_quote(text)},'
             '"logprob":0.0,"special":false},"generated_text":null,"details":null}\n\n'
         )
 
@@ -317,7 +327,7 @@ class GenerateWriter:
         the answer would be the last: so one of no text follows."""
         token = {"id": 0, "text": "", "logprob": 0.0, "special": True}
         event = {
-            "index": len(self._texts) + 1,
+            "index": self._pieces + 1,
             "token": token,
             "generated_text": self._prompt + "".join(self._texts),
             "details": self._stream_details() if self._details else None,
@@ -330,7 +340,7 @@ class GenerateWriter:
     def body(self, deltas: list[Delta]) -> bytes:
         for delta in deltas:
             if isinstance(delta, Text):
-                self._texts.append(delta.text)
+                self._add(delta.text)
             else:
                 self._note(delta)
         reply: dict[str, object] = {
@@ -347,7 +357,7 @@ class GenerateWriter:
 
     def _common_details(self) -> dict[str, object]:
         # The next best count, where the upstream does not give it, is that of pieces.
-        count = self._usage.completion_tokens if self._usage else len(self._texts)
+        count = self._usage.completion_tokens if self._usage else self._pieces
         return {
             "finish_reason": _FINISH_WORDS.get(self._finish, "eos_token"),
             "generated_tokens": count,
