@@ -560,7 +560,7 @@ def check_outcome(name: str, fault: Fault, cell: Cell, number: int) -> None:
 
 async def check_upstream(fault: Fault, cell: Cell) -> None:
     """Its connection is kept for the next request, or closed at once."""
-    idle = cell.proxy.inside.upstream._idle
+    idle = cell.proxy.inside.upstreams["acme"]._idle
     if fault.keeps:
         for _ in range(50):
             if sum(map(len, idle.values())) == 1:
