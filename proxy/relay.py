@@ -303,12 +303,11 @@ class Relay:
     def _expected_s(self) -> tuple[float, type[DeadlineExceeded], str]:
         """When the upstream must have done what, and how its failure is called."""
         timeouts = self._timeouts
-        if self._completion.stream:
-            if self._answered_s and self._response.is_clogged:
-                pass  # the client's turn, not the upstream's
-            elif self._answered_s:
+        if self._completion.stream and self._answered_s:
+            if not self._response.is_clogged:  # else it is the client's turn
                 due_s = self._answered_s + timeouts.between_tokens_s
                 return due_s, TokenGapTimeout, "go on with its answer"
+        elif self._completion.stream:
             headers_s, first_s = timeouts.headers_s, timeouts.first_token_s
             if self._reply is not None or headers_s is None:
                 headers_s = math.inf

@@ -127,7 +127,7 @@ async def read_late(proxy: RunningProxy, dialect: Dialect, after_s: float):
 )
 async def test_who_reads_late_gets_it_all(start: Starter, upstream, dialect, how):
     """What was held goes on: also what had come long before, packed or at its end."""
-    number = 3000
+    number = 6000
     events = events_of(dialect, "wordy " * 40, number, "stop")
     if how == "packed":
         upstream.script([reply(200, _PACKED_HEAD, gzip.compress(events))])
@@ -137,7 +137,7 @@ async def test_who_reads_late_gets_it_all(start: Starter, upstream, dialect, how
     proxy = await start(
         model_configuration(upstream.url),
         fallback=True,
-        timeouts={"betweenTokens": 0.15, "firstToken": 5},
+        timeouts={"betweenTokens": 0.15, "firstToken": 0.3},
         keepAlive={"every": 0.05},
     )
     raw = await read_late(proxy, dialect, 0.4)
