@@ -127,7 +127,7 @@ async def read_late(proxy: RunningProxy, dialect: Dialect, after_s: float):
 )
 async def test_who_reads_late_gets_it_all(start: Starter, upstream, dialect, how):
     """What was held goes on: also what had come long before, packed or at its end."""
-    number = 6000
+    number = 3000
     events = events_of(dialect, "wordy " * 40, number, "stop")
     if how == "packed":
         upstream.script([reply(200, _PACKED_HEAD, gzip.compress(events))])
@@ -137,12 +137,27 @@ async def test_who_reads_late_gets_it_all(start: Starter, upstream, dialect, how
     proxy = await start(
         model_configuration(upstream.url),
         fallback=True,
-        timeouts={"betweenTokens": 0.15, "firstToken": 0.3},
+        timeouts={"betweenTokens": 0.15, "firstToken": 5},
         keepAlive={"every": 0.05},
     )
     raw = await read_late(proxy, dialect, 0.4)
     seen = dialect.read(raw, stream=True)
     assert seen.error is None and len(seen.text) == number * 240
+    assert proxy.outcomes[0]["kind"] == "ok"
+
+
+async def test_a_slow_client_is_not_taken_for_a_missing_first_token(
+    start: Starter, upstream
+):
+    events = events_of(CODY, "wordy " * 40, 12_000, "stop")
+    upstream.script([sse_head(), chunk(events), b"0\r\n\r\n"])
+    proxy = await start(
+        model_configuration(upstream.url),
+        timeouts={"betweenTokens": 0.15, "firstToken": 0.3},
+        keepAlive={"every": 0.05},
+    )
+    raw = await read_late(proxy, CODY, 0.4)
+    assert CODY.read(raw, stream=True).error is None
     assert proxy.outcomes[0]["kind"] == "ok"
 
 
