@@ -50,7 +50,8 @@ NEIGHBOURS = {
     "upstream": {"outbox"},
     "response": {"outbox"},
     "probe": {"upstream"},
-    "forward": {"upstream", "interrupt", "relay"},
+    "forward": {"body", "upstream", "interrupt", "relay"},
+    "connections": {"response"},
     "server": {
         *("relay", "forward", "response", "upstream"),
         *("interrupt", "sockets", "admission", "connections"),
