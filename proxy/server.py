@@ -69,8 +69,8 @@ from proxy.modelconfig.resolved import Endpoint, Model, Provider as ProviderSett
 from proxy.outcome import Outcome
 from proxy.pool import Member, Pool
 from proxy.providers import PROVIDERS
-from proxy.providers.base import Asked, Call, Native, pass_on, token_query
-from proxy.redact import Redactor
+from proxy.providers.base import Asked, Call, Native, join_url, pass_on, token_query
+from proxy.redact import BUG, Redactor
 from proxy.relay import LAST_WRITE_S, Relay
 from proxy.response import Response, own_headers
 from proxy.tls import renew, server_context
@@ -695,7 +695,7 @@ class _Handling:
         return error
 
     def _bug(self) -> ProxyError:
-        logger.exception("exchange %s: this is a bug", self._outcome.id)
+        logger.error(BUG, self._outcome.id, self._proxy.redact.trace())
         return ProxyError(f"internal error of the proxy, logged as {self._outcome.id}")
 
 
