@@ -840,7 +840,6 @@ class _Page(_Handling):
         query = self._request.rel_url.raw_query_string
         queries = (query, token_query(endpoint))
         whole_query = "&".join(part for part in queries if part)
-        url = f"{provider.root(endpoint).rstrip('/')}{path}"
         fault: ProxyError | None = None
         is_complete = False
         try:
@@ -848,7 +847,7 @@ class _Page(_Handling):
                 response = await forward(
                     self._request,
                     proxy.upstreams[settings.id],
-                    f"{url}?{whole_query}" if whole_query else url,
+                    join_url(provider.root(endpoint), path[1:], whole_query),
                     provider.credentials(endpoint),
                     endpoint.name,
                     own_headers(self._outcome.id),
@@ -897,7 +896,7 @@ class _Page(_Handling):
         for settings in self._proxy.models.providers.values():
             provider = self._proxy.providers[settings.id]
             endpoint = settings.endpoints[0]
-            url = f"{provider.root(endpoint).rstrip('/')}/v1/models"
+            url = join_url(provider.root(endpoint), "v1/models", token_query(endpoint))
             with contextlib.suppress(UpstreamFault, TimeoutError):
                 async with asyncio.timeout(_LIST_S):
                     body = await self._proxy.upstreams[settings.id].get(
