@@ -12,6 +12,7 @@ import re
 import socket
 import ssl
 import time
+import unicodedata
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from typing import TypeAlias, cast
 from urllib.parse import unquote
@@ -92,7 +93,9 @@ _HEALTHY = Reply(200, "text/plain; charset=utf-8", __version__.encode())
 _STOPPING = Reply(503, "text/plain; charset=utf-8", b"shutting down\n")
 # How long a client may take to shake hands over TLS.
 _HANDSHAKE_S = 15.0
-_PRINTABLE_PATH = re.compile(r"/[!-~]*")
+_PATH = re.compile(r"/(?:[!-$&-~]|%[0-9A-Fa-f]{2})*")
+# In what a path stands for; the second is what bytes that are no UTF-8 become.
+_NEVER_IN_PATH = re.compile("[\0-\x1f\x7f\ufffd]")
 _MOST_ENCODINGS = 4
 # First lines of requests that are remembered with what they come to.
 _MAX_TARGETS = 1024
@@ -916,9 +919,15 @@ def _is_forwardable(raw_path: str) -> bool:
         path = decoded
     else:
         return False
-    segments = path.replace("\\", "/").lower().split("/")
+    path = unicodedata.normalize("NFKC", path)
+    # Some servers leave out what follows a semicolon in each segment.
+    segments = [
+        segment.partition(";")[0].strip()
+        for segment in path.replace("\\", "/").lower().split("/")
+    ]
     return (
-        _PRINTABLE_PATH.fullmatch(raw_path) is not None
+        _PATH.fullmatch(raw_path) is not None
+        and _NEVER_IN_PATH.search(path) is None
         and not {".", ".."} & set(segments)
         and next(filter(None, segments), "") != ".api"
     )
