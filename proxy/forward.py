@@ -53,7 +53,19 @@ _STOPPED = (
 )
 # What aiohttp undoes.
 _UNPACKED = frozenset(("gzip", "deflate", "br", "zstd"))
-_NOT_DOWN = ("set-cookie", "server", "date")
+# What says which software answers, and what browsers would take for the proxy's own will:
+# who may read, and how this host is to be connected to.
+_NOT_DOWN = (
+    *("set-cookie", "server", "date", "via", "x-powered-by"),
+    "access-control-allow-origin",
+    "access-control-allow-credentials",
+    "access-control-allow-headers",
+    "access-control-allow-methods",
+    "access-control-allow-private-network",
+    "access-control-expose-headers",
+    "access-control-max-age",
+    *("alt-svc", "clear-site-data", "strict-transport-security"),
+)
 
 
 async def forward(

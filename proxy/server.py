@@ -853,7 +853,7 @@ class _Page(_Handling):
                     join_url(provider.root(endpoint), path[1:], whole_query),
                     provider.credentials(endpoint),
                     endpoint.name,
-                    own_headers(self._outcome.id),
+                    own_headers(self._outcome.id) | self._cross_origin(),
                     self._outcome,
                     work,
                     body=body,
@@ -873,6 +873,10 @@ class _Page(_Handling):
             pool.finished(
                 member, fault, self._loop.time(), self, is_complete=is_complete
             )
+
+    def _cross_origin(self) -> dict[str, str]:
+        origins = self._proxy.origins
+        return {} if origins is None else origins.headers(self._head.headers)
 
     async def _named_model(self, path: str) -> tuple[bytes | None, Model]:
         models = self._proxy.models
