@@ -885,7 +885,10 @@ class _Page(_Handling):
             return None, default
         body = await self._read_body()
         fields = decode_fields(body)
-        name = json.decode(fields["model"]) if "model" in fields else ""
+        try:
+            name = json.decode(fields["model"]) if "model" in fields else ""
+        except (msgspec.DecodeError, UnicodeError, RecursionError):
+            raise InvalidRequest("model: expected a text") from None
         if not isinstance(name, str | None):
             raise InvalidRequest("model: expected a text")
         name = name or ""
