@@ -25,6 +25,7 @@ from msgspec import json, structs
 from proxy import __version__, connections, pages, routes, sockets
 from proxy.admission import Admission, admission
 from proxy.auth import NOT_GIVEN, Access, credential
+from proxy.body import too_large, too_slow, undecodable
 from proxy.completion import CompletionRequest, Feature
 from proxy.config import Settings
 from proxy.cors import Origins, is_foreign
@@ -51,9 +52,7 @@ from proxy.errors import (
     InvalidRequest,
     LimitReached,
     MethodNotAllowed,
-    PayloadTooLarge,
     ProxyError,
-    RequestTimeout,
     ShuttingDown,
     Unauthorized,
     UnknownPath,
@@ -408,13 +407,13 @@ class _Handling:
         request = self._request
         limit = self._proxy.settings.limits.body_bytes
         if (request.content_length or 0) > limit:
-            raise _too_large(limit)
+            raise too_large(limit)
         self._continue()
         try:
             if request.content.is_eof():  # all of it came with the head
                 body = request.content.read_nowait()
                 if len(body) > limit:
-                    raise _too_large(limit)
+                    raise too_large(limit)
                 return body
             timeouts = self._proxy.settings.timeouts
             limit_s = min(self._timeout_s(timeouts.chat_s), timeouts.body_s)
@@ -422,14 +421,11 @@ class _Handling:
                 async with asyncio.timeout_at(self._started_s + limit_s):
                     return await request.read()
         except TimeoutError:
-            raise RequestTimeout("the request's body did not come in time") from None
+            raise too_slow() from None
         except web.HTTPRequestEntityTooLarge:
-            raise _too_large(limit) from None
+            raise too_large(limit) from None
         except (web.RequestPayloadError, aiohttp.ClientPayloadError) as error:
-            raise InvalidRequest(
-                "could not decode request body: it is not framed or compressed as "
-                "its headers say"
-            ) from error
+            raise undecodable() from error
 
     def _continue(self) -> None:
         # web.Application would do this; the low-level server leaves it to us. curl
@@ -830,6 +826,9 @@ class _Page(_Handling):
         timeout_s: float,
     ) -> web.StreamResponse:
         proxy = self._proxy
+        limit = proxy.settings.limits.body_bytes
+        if (self._request.content_length or 0) > limit:
+            raise too_large(limit)
         provider, pool = proxy.providers[settings.id], proxy.pools[settings.id]
         given = self._admit(settings)
         member = pool.pick(self._loop.time(), self)
@@ -858,6 +857,7 @@ class _Page(_Handling):
                     work,
                     body=body,
                     without=(proxy.settings.auth_header.lower(),),
+                    limit_bytes=limit,
                     deadline_s=self._started_s + timeout_s,
                     is_optional=self._path in routes.FORWARDED,
                     clients_credential=settings.client_credentials,
@@ -937,12 +937,6 @@ def _is_forwardable(raw_path: str) -> bool:
         and _NEVER_IN_PATH.search(path) is None
         and not {".", ".."} & set(segments)
         and next(filter(None, segments), "") != ".api"
-    )
-
-
-def _too_large(limit: int) -> PayloadTooLarge:
-    return PayloadTooLarge(
-        f"request body exceeds {limit} bytes (limits.bodyBytes in the configuration)"
     )
 
 

@@ -29,6 +29,7 @@ FLOORS = [
     {
         *("upstream", "response", "relay", "forward", "server", "simulator", "probe"),
         *("sockets", "interrupt", "admission", "connections", "outbox"),
+        "body",
     },
     {"__main__", "serve", "workers"},
 ]
@@ -53,7 +54,7 @@ NEIGHBOURS = {
     "forward": {"body", "upstream", "interrupt", "relay"},
     "connections": {"response"},
     "server": {
-        *("relay", "forward", "response", "upstream"),
+        *("relay", "forward", "response", "upstream", "body"),
         *("interrupt", "sockets", "admission", "connections"),
     },
     "workers": {"serve"},
