@@ -16,6 +16,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 
 from proxy.config import AllTimeouts, Limits
+from proxy.response import SERVER
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +194,11 @@ class _Connection(web.RequestHandler):
         """Say what aiohttp's parser found, lines that are too long as what they are."""
         is_too_many = isinstance(exc, BadHttpMessage) and "Too many" in exc.message
         if not (isinstance(exc, LineTooLong) or is_too_many):
-            return super().handle_error(request, status, exc, message)
+            response = super().handle_error(request, status, exc, message)
+            response.headers["Server"] = (
+                SERVER  # not the versions of what it is made of
+            )
+            return response
         self._server.refused["header_size"] += 1
         self._end(
             _too_large(f"more than {self.max_headers} headers")

@@ -43,17 +43,25 @@ class Origins:
     """Args: origins: as browsers write them, "https://host:port"."""
 
     def __init__(self, origins: Sequence[str]) -> None:
-        self._lines = {
-            origin: (
-                f"Access-Control-Allow-Origin: {origin}\r\n"
-                f"Access-Control-Expose-Headers: {_EXPOSED}\r\n"
-                "Vary: Origin\r\n"
-            ).encode("ascii")
+        self._headers = {
+            origin: {
+                "Access-Control-Allow-Origin": origin,
+                "Access-Control-Expose-Headers": _EXPOSED,
+                "Vary": "Origin",
+            }
             for origin in origins
         }
+        self._lines = {
+            origin: "".join(f"{n}: {v}\r\n" for n, v in headers.items()).encode("ascii")
+            for origin, headers in self._headers.items()
+        }
+
+    def headers(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """Return the headers that let a page read the reply to its request."""
+        return self._headers.get(headers.get("Origin", ""), {})
 
     def lines(self, headers: Mapping[str, str]) -> bytes:
-        """Return the header lines that let a page read the reply to its request."""
+        """Return ``headers`` as they are written."""
         return self._lines.get(headers.get("Origin", ""), b"")
 
     def preflight(self, method: str, headers: Mapping[str, str]) -> Reply | None:

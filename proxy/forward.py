@@ -5,10 +5,11 @@ parser looks at them. The host is the configured one, whatever the client says.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from aiohttp import web
 
+from proxy.body import Body, too_slow
 from proxy.dialects.base import EVENT_STREAM
 from proxy.errors import (
     DeadlineExceeded,
@@ -53,7 +54,19 @@ _STOPPED = (
 )
 # What aiohttp undoes.
 _UNPACKED = frozenset(("gzip", "deflate", "br", "zstd"))
-_NOT_DOWN = ("set-cookie", "server", "date")
+# What says which software answers, and what browsers would take for the proxy's own will:
+# who may read, and how this host is to be connected to.
+_NOT_DOWN = (
+    *("set-cookie", "server", "date", "via", "x-powered-by"),
+    "access-control-allow-origin",
+    "access-control-allow-credentials",
+    "access-control-allow-headers",
+    "access-control-allow-methods",
+    "access-control-allow-private-network",
+    "access-control-expose-headers",
+    "access-control-max-age",
+    *("alt-svc", "clear-site-data", "strict-transport-security"),
+)
 
 
 async def forward(
@@ -68,6 +81,7 @@ async def forward(
     *,
     body: bytes | None = None,
     without: Iterable[str] = (),
+    limit_bytes: int,
     deadline_s: float,
     is_optional: bool = False,
     clients_credential: bool = False,
@@ -78,14 +92,17 @@ async def forward(
             endpoint: what error messages call the upstream.
             work: what shutting down interrupts; the caller has entered it.
             without: further headers of the client's that stay here (lower case).
+            limit_bytes: how long the request's own body may be.
             deadline_s: when the head of the reply has to be there.
             is_optional: not every server has this path; say so clearly.
             clients_credential: a 401 is for the client.
     Raises: UnknownPath: this one has not.
+            ClientFault: something is wrong with the request's body.
             UpstreamFault: before anything was said to the client.
             ConnectionError: the client is gone, or the reply broke off.
     """
-    content = _chunks(request) if body is None and request.can_read_body else body
+    own = Body(request, limit_bytes)
+    content = own.pieces() if body is None and request.can_read_body else body
     headers = _up(request, credentials, without, is_read=body is not None)
     try:
         async with asyncio.timeout_at(deadline_s) as clock:
@@ -98,7 +115,13 @@ async def forward(
                     outcome.kind = "upstream_status"
                 _check(reply, request.path, endpoint, is_optional, clients_credential)
                 return await _pass_down(request, reply, own_headers, outcome, work)
+    except UpstreamFault:
+        if own.fault is not None:
+            raise own.fault from None
+        raise
     except TimeoutError:
+        if own.is_awaited:
+            raise too_slow() from None
         raise DeadlineExceeded(
             f"context deadline exceeded: upstream {endpoint} did not answer in time"
         ) from None
@@ -205,8 +228,3 @@ def _aborted(request: web.BaseRequest) -> ConnectionResetError:
 
 def _may_have_body(request: web.BaseRequest, status: int) -> bool:
     return request.method != "HEAD" and status not in (204, 304)
-
-
-async def _chunks(request: web.BaseRequest) -> AsyncIterator[bytes]:
-    async for data in request.content.iter_any():
-        yield data

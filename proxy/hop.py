@@ -24,7 +24,9 @@ def end_to_end(
     """Return the headers that concern the other end.
 
     Left out are hop-by-hop headers, those that ``Connection`` names, and ``without``
-    (lower case).
+    (lower case). An underscore counts as a hyphen: servers
+    that hand headers to programs as variables (CGI, WSGI) take one for the other, so a
+    ``Transfer_Encoding`` would come back to life there.
     """
     pairs = list(headers)
     named = {
@@ -34,4 +36,8 @@ def end_to_end(
         for token in value.split(",")
     }
     gone = _HOP_BY_HOP | named | set(without)
-    return [(name, value) for name, value in pairs if name.lower() not in gone]
+    return [
+        (name, value)
+        for name, value in pairs
+        if name.lower().replace("_", "-") not in gone
+    ]

@@ -1,6 +1,7 @@
 """The one function that takes secrets out of text, for logs and error messages."""
 
 import re
+import traceback
 from collections.abc import Iterable, Mapping
 
 _MARK = "[redacted]"
@@ -24,6 +25,7 @@ _SECRET_HEADERS = frozenset(
     )
 )
 _SHORTEST_SECRET = 6
+BUG = "exchange %s: this is a bug\n%s"  # the second is a trace
 
 
 class Redactor:
@@ -45,6 +47,12 @@ class Redactor:
         for pattern in _PATTERNS:
             text = pattern.sub(rf"\1{_MARK}", text)
         return text
+
+    def trace(self) -> str:
+        """Return the traceback of the exception at hand, for the log: it may have
+        stumbled over a credential.
+        """
+        return self(traceback.format_exc())
 
     def headers(self, headers: Mapping[str, str]) -> dict[str, str]:
         return {

@@ -33,7 +33,7 @@ from proxy.modelconfig.resolved import Timeouts
 from proxy.outcome import Outcome
 from proxy.passthrough import PassedBody, PassThrough
 from proxy.providers.base import Call
-from proxy.redact import Redactor
+from proxy.redact import BUG, Redactor
 from proxy.response import Response
 from proxy.stops import Cutter
 from proxy.upstream import Upstream, UpstreamCall, UpstreamReply
@@ -180,7 +180,7 @@ class Relay:
             # A bug: what was begun must still be ended as the client expects.
             if not self._response.is_begun:
                 raise
-            logger.exception("exchange %s: this is a bug", self._outcome.id)
+            logger.error(BUG, self._outcome.id, self._redact.trace())
             self._say_failure(
                 ProxyError(f"internal error, logged as {self._outcome.id}")
             )
@@ -518,7 +518,7 @@ class Relay:
             # A bug in saying it. A second reply must not follow within the first.
             if not is_begun:
                 raise
-            logger.exception("exchange %s: this is a bug", self._outcome.id)
+            logger.error(BUG, self._outcome.id, self._redact.trace())
             self._abort()
         self._note(exchange.error)
         if self._call.native and not self._call.adjust and exchange.error is not None:

@@ -105,9 +105,10 @@ def narrow(incoming: Incoming, body: bytes) -> Incoming:
 
 def reply_headers(path: str, model: Model) -> dict[str, str]:
     """What a successful reply at ``path`` carries besides."""
-    if not path.startswith(f"{_GATEWAY}/"):
+    name = f"{model.provider_id}/{model.name}"
+    if not path.startswith(f"{_GATEWAY}/") or not name.isprintable():
         return {}
-    return {"x-cody-resolved-model": f"{model.provider_id}/{model.name}"}
+    return {"x-cody-resolved-model": name}
 
 
 # How errors are said on paths without an exchange, by their beginning.

@@ -12,6 +12,7 @@ import re
 import socket
 import ssl
 import time
+import unicodedata
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from typing import TypeAlias, cast
 from urllib.parse import unquote
@@ -24,6 +25,7 @@ from msgspec import json, structs
 from proxy import __version__, connections, pages, routes, sockets
 from proxy.admission import Admission, admission
 from proxy.auth import NOT_GIVEN, Access, credential
+from proxy.body import too_large, too_slow, undecodable
 from proxy.completion import CompletionRequest, Feature
 from proxy.config import Settings
 from proxy.cors import Origins, is_foreign
@@ -50,9 +52,7 @@ from proxy.errors import (
     InvalidRequest,
     LimitReached,
     MethodNotAllowed,
-    PayloadTooLarge,
     ProxyError,
-    RequestTimeout,
     ShuttingDown,
     Unauthorized,
     UnknownPath,
@@ -69,8 +69,8 @@ from proxy.modelconfig.resolved import Endpoint, Model, Provider as ProviderSett
 from proxy.outcome import Outcome
 from proxy.pool import Member, Pool
 from proxy.providers import PROVIDERS
-from proxy.providers.base import Asked, Call, Native, pass_on, token_query
-from proxy.redact import Redactor
+from proxy.providers.base import Asked, Call, Native, join_url, pass_on, token_query
+from proxy.redact import BUG, Redactor
 from proxy.relay import LAST_WRITE_S, Relay
 from proxy.response import Response, own_headers
 from proxy.tls import renew, server_context
@@ -92,7 +92,9 @@ _HEALTHY = Reply(200, "text/plain; charset=utf-8", __version__.encode())
 _STOPPING = Reply(503, "text/plain; charset=utf-8", b"shutting down\n")
 # How long a client may take to shake hands over TLS.
 _HANDSHAKE_S = 15.0
-_PRINTABLE_PATH = re.compile(r"/[!-~]*")
+_PATH = re.compile(r"/(?:[!-$&-~]|%[0-9A-Fa-f]{2})*")
+# In what a path stands for; the second is what bytes that are no UTF-8 become.
+_NEVER_IN_PATH = re.compile("[\0-\x1f\x7f\ufffd]")
 _MOST_ENCODINGS = 4
 # First lines of requests that are remembered with what they come to.
 _MAX_TARGETS = 1024
@@ -405,13 +407,13 @@ class _Handling:
         request = self._request
         limit = self._proxy.settings.limits.body_bytes
         if (request.content_length or 0) > limit:
-            raise _too_large(limit)
+            raise too_large(limit)
         self._continue()
         try:
             if request.content.is_eof():  # all of it came with the head
                 body = request.content.read_nowait()
                 if len(body) > limit:
-                    raise _too_large(limit)
+                    raise too_large(limit)
                 return body
             timeouts = self._proxy.settings.timeouts
             limit_s = min(self._timeout_s(timeouts.chat_s), timeouts.body_s)
@@ -419,14 +421,11 @@ class _Handling:
                 async with asyncio.timeout_at(self._started_s + limit_s):
                     return await request.read()
         except TimeoutError:
-            raise RequestTimeout("the request's body did not come in time") from None
+            raise too_slow() from None
         except web.HTTPRequestEntityTooLarge:
-            raise _too_large(limit) from None
+            raise too_large(limit) from None
         except (web.RequestPayloadError, aiohttp.ClientPayloadError) as error:
-            raise InvalidRequest(
-                "could not decode request body: it is not framed or compressed as "
-                "its headers say"
-            ) from error
+            raise undecodable() from error
 
     def _continue(self) -> None:
         # web.Application would do this; the low-level server leaves it to us. curl
@@ -695,7 +694,7 @@ class _Handling:
         return error
 
     def _bug(self) -> ProxyError:
-        logger.exception("exchange %s: this is a bug", self._outcome.id)
+        logger.error(BUG, self._outcome.id, self._proxy.redact.trace())
         return ProxyError(f"internal error of the proxy, logged as {self._outcome.id}")
 
 
@@ -827,6 +826,9 @@ class _Page(_Handling):
         timeout_s: float,
     ) -> web.StreamResponse:
         proxy = self._proxy
+        limit = proxy.settings.limits.body_bytes
+        if (self._request.content_length or 0) > limit:
+            raise too_large(limit)
         provider, pool = proxy.providers[settings.id], proxy.pools[settings.id]
         given = self._admit(settings)
         member = pool.pick(self._loop.time(), self)
@@ -840,7 +842,6 @@ class _Page(_Handling):
         query = self._request.rel_url.raw_query_string
         queries = (query, token_query(endpoint))
         whole_query = "&".join(part for part in queries if part)
-        url = f"{provider.root(endpoint).rstrip('/')}{path}"
         fault: ProxyError | None = None
         is_complete = False
         try:
@@ -848,14 +849,15 @@ class _Page(_Handling):
                 response = await forward(
                     self._request,
                     proxy.upstreams[settings.id],
-                    f"{url}?{whole_query}" if whole_query else url,
+                    join_url(provider.root(endpoint), path[1:], whole_query),
                     provider.credentials(endpoint),
                     endpoint.name,
-                    own_headers(self._outcome.id),
+                    own_headers(self._outcome.id) | self._cross_origin(),
                     self._outcome,
                     work,
                     body=body,
                     without=(proxy.settings.auth_header.lower(),),
+                    limit_bytes=limit,
                     deadline_s=self._started_s + timeout_s,
                     is_optional=self._path in routes.FORWARDED,
                     clients_credential=settings.client_credentials,
@@ -872,6 +874,10 @@ class _Page(_Handling):
                 member, fault, self._loop.time(), self, is_complete=is_complete
             )
 
+    def _cross_origin(self) -> dict[str, str]:
+        origins = self._proxy.origins
+        return {} if origins is None else origins.headers(self._head.headers)
+
     async def _named_model(self, path: str) -> tuple[bytes | None, Model]:
         models = self._proxy.models
         default = models.choose("chat", "", False)
@@ -879,7 +885,10 @@ class _Page(_Handling):
             return None, default
         body = await self._read_body()
         fields = decode_fields(body)
-        name = json.decode(fields["model"]) if "model" in fields else ""
+        try:
+            name = json.decode(fields["model"]) if "model" in fields else ""
+        except (msgspec.DecodeError, UnicodeError, RecursionError):
+            raise InvalidRequest("model: expected a text") from None
         if not isinstance(name, str | None):
             raise InvalidRequest("model: expected a text")
         name = name or ""
@@ -897,7 +906,7 @@ class _Page(_Handling):
         for settings in self._proxy.models.providers.values():
             provider = self._proxy.providers[settings.id]
             endpoint = settings.endpoints[0]
-            url = f"{provider.root(endpoint).rstrip('/')}/v1/models"
+            url = join_url(provider.root(endpoint), "v1/models", token_query(endpoint))
             with contextlib.suppress(UpstreamFault, TimeoutError):
                 async with asyncio.timeout(_LIST_S):
                     body = await self._proxy.upstreams[settings.id].get(
@@ -917,17 +926,17 @@ def _is_forwardable(raw_path: str) -> bool:
         path = decoded
     else:
         return False
-    segments = path.replace("\\", "/").lower().split("/")
+    path = unicodedata.normalize("NFKC", path)
+    # Some servers leave out what follows a semicolon in each segment.
+    segments = [
+        segment.partition(";")[0].strip()
+        for segment in path.replace("\\", "/").lower().split("/")
+    ]
     return (
-        _PRINTABLE_PATH.fullmatch(raw_path) is not None
+        _PATH.fullmatch(raw_path) is not None
+        and _NEVER_IN_PATH.search(path) is None
         and not {".", ".."} & set(segments)
         and next(filter(None, segments), "") != ".api"
-    )
-
-
-def _too_large(limit: int) -> PayloadTooLarge:
-    return PayloadTooLarge(
-        f"request body exceeds {limit} bytes (limits.bodyBytes in the configuration)"
     )
 
 

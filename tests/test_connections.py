@@ -267,3 +267,13 @@ async def test_farewell_has_an_end(start: Starter, upstream, monkeypatch):
             for _ in range(10):
                 await connection.send(b"x")
                 await asyncio.sleep(0.01)
+
+
+async def test_bad_request_names_no_software_but_ours(start: Starter, upstream):
+    proxy = await start(model_configuration(upstream.url))
+    async with connect(proxy.url) as connection:
+        await connection.send(b"nonsense\r\n\r\n")
+        raw = await connection.reply()
+    assert raw.status == 400
+    assert (raw.header("server") or "").startswith("completions-proxy/")
+    assert "aiohttp" not in str(raw.headers) + raw.text

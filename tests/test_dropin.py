@@ -648,6 +648,16 @@ async def test_paths_are_handed_on_as_they_came(start: Starter, upstream, path):
         "/%252e%252e/x",
         "//.api/x",
         "/\\.api/x",
+        "/.api;v=1/x",
+        "/x/..;/.api/y",
+        "/.api%3bx/y",
+        "/.api%00/x",
+        "/.api%20/x",
+        "/x%0d%0aHost:%20y",
+        "/%c0%ae%c0%ae/x",
+        "/%ef%bc%8eapi/x",
+        "/%u002eapi/x",
+        "/x%",
     ],
 )
 async def test_paths_in_disguise_are_not_handed_on(start: Starter, upstream, path):
@@ -792,3 +802,98 @@ async def test_help_for_who_has_no_token(start: Starter, upstream):
     assert raw.json()["error"]["message"] == (
         "no token given: send the header Authorization: Bearer …"
     )
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_body_that_is_handed_on_has_a_limit(start: Starter, upstream, whole):
+    upstream.script(json_reply([]))
+    block = model_configuration(upstream.url)
+    proxy = await start(block, limits={"bodyBytes": 1000})
+    sent = {"headers": {"Content-Encoding": "gzip"}} if whole else {"chunked": True}
+    body = gzip.compress(bytes(10**6)) if whole else bytes(10**6)
+    raw = await request(proxy.url, path="/tokenize", body=body, **sent)
+    assert raw.status == 413 and "exceeds 1000 bytes" in raw.text
+    raw = await request(proxy.url, path="/tokenize", body=bytes(1001))
+    assert raw.status == 413
+    assert [line["kind"] for line in proxy.outcomes] == 2 * ["payload_too_large"]
+    assert upstream.requests == []
+    raw = await request(proxy.url, path="/tokenize", body=bytes(1000))
+    assert raw.status == 200
+
+
+BAD_BODIES = {
+    "chunk": (
+        b"Transfer-Encoding: chunked\r\n\r\n2\r\n{",
+        b"}zz\r\n",
+        408,
+    ),  # aiohttp keeps that to itself
+    "gzip": (
+        b"Content-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"8\r\nnot gzip\r\n0\r\n\r\n",
+        422,
+    ),
+    "late": (b"Content-Length: 2\r\n\r\n{", b"", 408),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BODIES)
+async def test_bad_body_is_not_the_upstream_s_fault(start: Starter, name):
+    """Nobody can have an endpoint taken for sick by sending what is no body."""
+    first, rest, status = BAD_BODIES[name]
+    head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nX-Timeout-Ms: 300\r\n"
+    async with ScriptedUpstream() as one, ScriptedUpstream() as two:
+        endpoints = [{"url": f"{each.url}/v1"} for each in (one, two)]
+        proxy = await start(model_configuration("", endpoints=endpoints))
+        for _ in range(6):
+            async with connect(proxy.url) as connection:
+                await connection.send(head + first)
+                await asyncio.sleep(0.03)
+                await connection.send(rest)
+                assert (await connection.reply()).status == status
+        one.script(json_reply([]))
+        two.script(json_reply([]))
+        for _ in range(40):
+            raw = await request(proxy.url, path="/tokenize", body=b"{}")
+            assert raw.status == 200
+        # Neither is left out: both are asked as before.
+        assert one.requests and two.requests
+    assert "unreachable" not in proxy.log and "deadline" not in proxy.log
+
+
+async def test_who_may_read_is_not_the_upstream_s_say(start: Starter, upstream):
+    headers = {
+        "Access-Control-Allow-Origin": "*",
+        "Access-Control-Allow-Credentials": "true",
+        "Strict-Transport-Security": "max-age=9999999; includeSubDomains",
+        "Alt-Svc": 'h3=":443"',
+        "X-Powered-By": "gpu",
+        "Via": "1.1 inner",
+        "X-Kept": "1",
+    }
+    upstream.script(json_reply([], headers=headers))
+    origin = "https://cody.example"
+    proxy = await start(model_configuration(upstream.url), origins=[origin])
+    raw = await request(proxy.url, "GET", "/upstream/metrics")
+    names = {name.lower() for name, _ in raw.headers}
+    assert "x-kept" in names
+    assert not names & {name.lower() for name in headers if name != "X-Kept"}
+    raw = await request(proxy.url, "GET", "/upstream/metrics", {"Origin": origin})
+    assert raw.header("access-control-allow-origin") == origin
+    assert raw.header("access-control-allow-credentials") is None
+
+
+async def test_underscore_does_not_disguise_a_header(start: Starter, upstream):
+    upstream.script(json_reply([]))
+    endpoints = [{"url": f"{upstream.url}/v1", "accessToken": "sk-configured"}]
+    proxy = await start(model_configuration(upstream.url, endpoints=endpoints))
+    sent = {
+        "Transfer_Encoding": "chunked",
+        "Proxy_Authorization": "x",
+        "X_Api_Key": "mine",
+        "Connection": "X-Hop",
+        "X_Hop": "1",
+        "X_Kept": "1",
+    }
+    await request(proxy.url, path="/tokenize", headers=sent, body=b"{}")
+    names = {name.lower() for name, _ in upstream.last.headers}
+    assert {name for name in names if "_" in name} == {"x_kept"}

@@ -29,6 +29,7 @@ FLOORS = [
     {
         *("upstream", "response", "relay", "forward", "server", "simulator", "probe"),
         *("sockets", "interrupt", "admission", "connections", "outbox"),
+        "body",
     },
     {"__main__", "serve", "workers"},
 ]
@@ -50,9 +51,10 @@ NEIGHBOURS = {
     "upstream": {"outbox"},
     "response": {"outbox"},
     "probe": {"upstream"},
-    "forward": {"upstream", "interrupt", "relay"},
+    "forward": {"body", "upstream", "interrupt", "relay"},
+    "connections": {"response"},
     "server": {
-        *("relay", "forward", "response", "upstream"),
+        *("relay", "forward", "response", "upstream", "body"),
         *("interrupt", "sockets", "admission", "connections"),
     },
     "workers": {"serve"},

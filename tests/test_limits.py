@@ -166,6 +166,18 @@ async def test_without_tokens_an_address_is_a_client(start: Starter, upstream):
         assert (await ask(proxy)).status == 429
 
 
+async def test_no_header_chooses_whose_limit_counts(start: Starter, upstream):
+    upstream.script(ANSWER)
+    limits = {"token": {"chat": {"requestsPerMinute": 1}}}
+    proxy = await start(model_configuration(upstream.url), limits=limits)
+    names = ("X-Forwarded-For", "X-Real-IP", "Forwarded", "X-Client-IP", "Client-IP")
+    for number, status in enumerate((200, 429, 429)):
+        headers = dict.fromkeys(names, f"for=192.0.2.{number}")
+        headers["Authorization"] = f"Bearer somebody-{number}"
+        raw = await request(proxy.url, path=PATH, body=QUESTION, headers=headers)
+        assert raw.status == status
+
+
 async def put(group: asyncio.TaskGroup, proxy: RunningProxy, number: int, token="ann"):
     """Let a request that says its number join the queue."""
 

@@ -356,3 +356,33 @@ def test_upstream_settings_are_checked(tmp_path, authority, pair):
     assert warning.startswith(f"{at}.insecureSkipVerify: certificates go unchecked: ")
     assert warning in config.describe(settings)
     assert settings_of(tmp_path, file(ca=ca)).files == (ca,)
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
+@pytest.mark.parametrize("version", ["TLSv1", "TLSv1_1", "TLSv1_2"])
+async def test_clients_speak_tls_1_2_at_least(tmp_path, authority, pair, version):
+    file = {"tls": pem(pair), "modelConfiguration": model_configuration("http://x")}
+    context = ssl.create_default_context(cafile=str(authority.ca))
+    context.set_ciphers("DEFAULT@SECLEVEL=0")  # the client would
+    context.minimum_version = ssl.TLSVersion.TLSv1
+    context.maximum_version = ssl.TLSVersion[version]
+    async with running(settings_of(tmp_path, file)) as proxy:
+        port = int(proxy.url.rpartition(":")[2])
+        opening = asyncio.open_connection("127.0.0.1", port, ssl=context)
+        if version == "TLSv1_2":
+            _, writer = await opening
+            writer.close()
+        else:
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                await opening
+
+
+async def test_handshake_that_does_not_come(tmp_path, pair, monkeypatch):
+    monkeypatch.setattr("proxy.server._HANDSHAKE_S", 0.2)
+    file = {"tls": pem(pair), "modelConfiguration": model_configuration("http://x")}
+    async with running(settings_of(tmp_path, file)) as proxy:
+        port = int(proxy.url.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.suppress(ConnectionError):
+            assert await asyncio.wait_for(reader.read(), 2) == b""
+        writer.close()

@@ -601,3 +601,25 @@ async def test_url_with_blanks_is_not_sent(client, upstream, path):
     with pytest.raises(UpstreamUnreachable):
         await fetch(client, upstream.url + path)
     assert upstream.requests == []
+
+
+@pytest.mark.parametrize("before", [b"5;", b"5\r\nhello\r\n0\r\nX: "])
+async def test_what_is_no_body_has_an_end_too(client, before):
+    """A chunk's extension, a trailer: the parser keeps what nobody wants."""
+
+    async def endless(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + before)
+        while not writer.is_closing():
+            writer.write(b"y" * 10_000)
+            await asyncio.sleep(0)
+
+    async with serving(endless) as there:
+        with pytest.raises(UpstreamGarbled, match="broken"):
+            await asyncio.wait_for(fetch(client, f"http://{there}"), 2)
+
+
+async def test_large_reads_are_no_long_head(client, upstream):
+    body = bytes(3_000_000)
+    upstream.script(reply(200, {}, body))
+    assert await fetch(client, upstream.url) == (200, body)

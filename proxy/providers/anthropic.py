@@ -11,6 +11,7 @@ from proxy.providers.base import (
     Asked,
     Call,
     Native,
+    above,
     headers_for,
     own_credentials,
     prepare,
@@ -54,7 +55,7 @@ class AnthropicProvider:
         return API_HEADERS | own_credentials(endpoint, key)
 
     def root(self, endpoint: Endpoint) -> str:
-        return endpoint.url.rstrip("/").removesuffix("/v1/messages")
+        return above(endpoint.url, "/v1/messages")
 
 
 def for_anthropic(request: CompletionRequest, model: Model) -> CompletionRequest:

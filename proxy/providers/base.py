@@ -174,6 +174,12 @@ def join_url(url: str, path: str, query: str = "") -> str:
     )
 
 
+def above(url: str, end: str) -> str:
+    """Return the URL without what its path ends with; its query stays."""
+    scheme, host, path, query, _ = urlsplit(url)
+    return urlunsplit((scheme, host, path.rstrip("/").removesuffix(end), query, ""))
+
+
 @lru_cache(maxsize=1024)
 def replace_path(url: str, path: str) -> str:
     """Keep only scheme and host of the URL."""

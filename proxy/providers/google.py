@@ -9,6 +9,7 @@ from proxy.providers.base import (
     Asked,
     Call,
     Native,
+    above,
     headers_for,
     join_url,
     own_credentials,
@@ -46,7 +47,7 @@ class GoogleProvider:
         return own_credentials(endpoint, {"x-goog-api-key": endpoint.access_token})
 
     def root(self, endpoint: Endpoint) -> str:
-        return (endpoint.url or DEFAULT_URL).rstrip("/").removesuffix("/v1beta/models")
+        return above(endpoint.url or DEFAULT_URL, "/v1beta/models")
 
     @staticmethod
     def _url(request: CompletionRequest, model: str, endpoint: Endpoint) -> str:

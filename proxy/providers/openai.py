@@ -15,6 +15,7 @@ from proxy.providers.base import (
     Asked,
     Call,
     Native,
+    above,
     bearer,
     headers_for,
     join_url,
@@ -98,7 +99,7 @@ class OpenAICompatibleProvider:
         return own_credentials(endpoint, bearer(endpoint))
 
     def root(self, endpoint: Endpoint) -> str:
-        return endpoint.url.rstrip("/").removesuffix("/v1")
+        return above(endpoint.url, "/v1")
 
 
 class OpenAIProvider:
@@ -139,7 +140,7 @@ class OpenAIProvider:
 
     def root(self, endpoint: Endpoint) -> str:
         url = self.url(endpoint.url or self.default_url, False)
-        return url.removesuffix("/v1/completions")
+        return above(url, "/v1/completions")
 
     def url(self, url: str, chat: bool) -> str:
         path = "chat/completions" if chat else "completions"
@@ -200,7 +201,7 @@ class AzureProvider:
         return own_credentials(endpoint, self._credentials(endpoint))
 
     def root(self, endpoint: Endpoint) -> str:
-        return f"{endpoint.url.rstrip('/')}/openai"
+        return join_url(endpoint.url, "openai")
 
     def _url(self, endpoint: Endpoint, deployment: str, path: str) -> str:
         return join_url(

@@ -61,7 +61,7 @@ class Connection(asyncio.Protocol):
         self._ends_with_connection = False
         self._is_spoilt = False  # it must not carry another request
         self._head_bytes = 0
-        self._unfinished_bytes = 0  # of a head that has not ended, as they came
+        self._unfinished_bytes = 0  # of what the parser has not made anything of
         self._chunks: list[bytes] = []
         self._size = 0
         self._is_paused = False
@@ -273,6 +273,7 @@ class Connection(asyncio.Protocol):
             self._is_spoilt = True
             self.abort()
             return
+        self._unfinished_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -281,11 +282,12 @@ class Connection(asyncio.Protocol):
             else:
                 self._fail(BadReply(str(error)))
                 self.abort()
-        if not self.is_head_in and self._error is None:
-            self._unfinished_bytes += len(data)
-            if self._unfinished_bytes > MAX_HEAD_BYTES:
-                self._fail(BadReply("its head is too long"))
-                self.abort()
+        if self._unfinished_bytes > MAX_HEAD_BYTES and not (
+            self._is_complete or self._error
+        ):
+            # A head without an end; or a trailer, or what may follow a chunk's size.
+            self._fail(BadReply("its head is too long"))
+            self.abort()
         if self._lingerer is not None:
             if self._is_complete or self._size > LINGER_BYTES:
                 self._stop_lingering()
@@ -352,11 +354,13 @@ class Connection(asyncio.Protocol):
         keep_alive = headers.get("keep-alive")
         self.keep_alive_s = _timeout_of(keep_alive) if keep_alive else None
         self.is_head_in = True
+        self._unfinished_bytes = 0
         if self._is_bodiless:
             # The parser cannot know that no body follows.
             self._is_complete = self._is_spoilt = True
 
     def on_body(self, data: bytes) -> None:
+        self._unfinished_bytes = 0
         if not self._is_complete:
             self._chunks.append(data)
             self._size += len(data)
