@@ -52,7 +52,7 @@ def compare(
                 f" its client saw: {ask.seen} {ask.status}, its lines say: {kinds}"
             )
     nobodys = by_tag.keys() - {""}  # what measures has no number
-    wrong += [f"lines of nobody's request: {tag!r}" for tag in nobodys]
+    wrong += [f"lines of nobody's request: {tag!r}" for tag in sorted(nobodys)]
     return wrong
 
 

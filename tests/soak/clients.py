@@ -118,7 +118,8 @@ class Load:
     async def _live(self) -> None:
         habits = self._habits
         names, weights = [*habits], [weight for weight, _ in habits.values()]
-        await asyncio.sleep(self._rng.random())
+        left_s = self._end_s - time.monotonic()
+        await asyncio.sleep(self._rng.random() * min(1, left_s / 2))  # not all at once
         while not self._is_over:
             name = self._rng.choices(names, weights)[0]
             self.open += 1
