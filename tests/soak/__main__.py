@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.bench.load import machine
 from tests.soak import check, servers
 from tests.soak.clients import Load
 from tests.soak.memory import MIB, growth_bytes
@@ -104,16 +105,16 @@ class Soak:
         load = Load(proxy.url, self._seed)
         await scrape(f"{proxy.url}/-/metrics", _HEADERS)  # whatever is made at first
         files, sockets = await servers.settled(proxy.pid, 0, 0, self._redis_port)
-        start = servers.rss_bytes(proxy.pid)
-        began_s, cpu_s = time.monotonic(), servers.cpu_s(proxy.pid)
+        start = machine.rss_bytes(proxy.pid)
+        began_s, cpu_s = time.monotonic(), machine.cpu_s(proxy.pid)
         async with contextlib.AsyncExitStack() as stack:
             for helper in (self._watch(proxy, load, began_s), self._kill_servers()):
                 task = asyncio.create_task(helper)
                 stack.push_async_callback(_cancelled, task)
             await load.run(self._clients, self._seconds)
-        cpu_s = servers.cpu_s(proxy.pid) - cpu_s
+        cpu_s = machine.cpu_s(proxy.pid) - cpu_s
         took_s = time.monotonic() - began_s
-        end = servers.rss_bytes(proxy.pid)
+        end = machine.rss_bytes(proxy.pid)
         print(f"{'':6}quiet; what is idle is closed within {QUIET_S} s", flush=True)
         left_files, left_sockets = await servers.settled(
             proxy.pid, files, QUIET_S, self._redis_port
@@ -199,7 +200,7 @@ class Soak:
         while True:
             await asyncio.sleep(1)
             now_s = time.monotonic()
-            size = servers.rss_bytes(proxy.pid)
+            size = machine.rss_bytes(proxy.pid)
             files, _ = servers.open_files(proxy.pid, self._redis_port)
             self._memory.append((now_s - began_s, size))
             self._most_files = max(self._most_files, files)

@@ -84,6 +84,12 @@ def _may_have_none(ask: Ask) -> bool:
     return ask.seen == "refused" and not ask.expected_kinds
 
 
+def longest_s(asks: Iterable[Ask]) -> float:
+    """Return how long the longest reply took that no other one had to wait for."""
+    took = [ask.ended_s - ask.began_s for ask in asks if not ask.follows]
+    return max(took, default=0.0)
+
+
 def table(rows: Iterable[Sequence[object]]) -> str:
     """Lay out rows, the first one as the heading; numbers to the right."""
     cells = [[str(cell) for cell in row] for row in rows]

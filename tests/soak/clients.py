@@ -39,7 +39,9 @@ CODE = replace(CODY, name="cody code", path="/.api/completions/code?api-version=
 DIALECTS = (CODY, CODY_1, LEGACY, CODE, CHAT, COMPLETIONS, ANTHROPIC, TGI)
 _CODY_NAMES = {CODY.name, CODY_1.name, LEGACY.name, CODE.name}
 # Of a whole session; none may take so long, whatever goes wrong.
-HANG_S = 4 * servers.CHAT_S + 10
+HANG_S = 6 * servers.CHAT_S
+# Of one reply: its deadline, its last bytes, and what a busy machine takes.
+LATE_S = servers.CHAT_S + 8
 # A client that waited so long for its reply was surely noticed before it left.
 NOTICED_S = 1.5
 
@@ -55,6 +57,7 @@ class Ask:
     question: str
     request: bytes
     habit: str
+    follows: bool = False  # another one that was not yet answered
     connected_s: float = 0.0
     began_s: float = 0.0
     ended_s: float = 0.0
@@ -241,6 +244,9 @@ class Load:
     def _judge(self, ask: Ask, raw: RawReply) -> None:
         """Exactly one end, or its dialect's error, and nothing but its own answer."""
         ask.ended_s = time.monotonic()
+        took_s = ask.ended_s - ask.began_s
+        if took_s > LATE_S and not ask.follows:
+            self.blame(ask, f"it took {took_s:.1f} s")
         expected = prose.answer(ask.question)
         try:
             seen = ask.dialect.read(raw, stream=ask.stream)
@@ -299,8 +305,9 @@ class Load:
         """Send the next questions before the first one is answered."""
         async with self._connected() as connection:
             asks = [self.ask(habit) for _ in range(self._rng.randint(2, 4))]
-            for ask in asks:
+            for number, ask in enumerate(asks):
                 ask.connected_s, ask.began_s = connection.opened_s, time.monotonic()
+                ask.follows = number > 0
             await self.send(connection, asks[0], b"".join(a.request for a in asks))
             for number, ask in enumerate(asks):
                 try:

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -23,7 +22,6 @@ EVENT_BYTES = 1 << 20
 # How long replies may take in all, and a client's last bytes after that.
 CHAT_S = 12
 _SERVING = re.compile(r"(?:Serving|answers at) (http://[^;\s]+)")
-_PAGE_BYTES = resource.getpagesize()
 
 # Models that fail, by the simulator's names of faults.
 FAULTS = (
@@ -232,15 +230,6 @@ def _model(ref: str, name: str) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------- measuring
-
-
-def rss_bytes(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
-
-
-def cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def open_files(pid: int, but_port: int) -> tuple[int, int]:
