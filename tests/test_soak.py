@@ -6,7 +6,7 @@ import pytest
 
 from tests.soak import check, servers
 from tests.soak.clients import Ask, Load, Seen
-from tests.soak.memory import MIB, growth_bytes
+from tests.soak.memory import MIB, floors, growth_bytes
 from tests.support.dialects import CHAT, TGI, Dialect
 from tests.support.upstream import (
     Close,
@@ -75,6 +75,11 @@ def test_growth():
     rising = [(at, size + int(at * MIB / 10)) for at, size in flat]
     assert 9 * MIB < growth_bytes(rising) < 11 * MIB
     assert growth_bytes([]) == 0
+
+
+def test_floors():
+    samples = [(0.5, 9), (1.0, 7), (2.0, 8), (3.9, 6), (9.0, 1)]
+    assert floors(samples, 2) == [(1.0, 7), (3.9, 6), (9.0, 1)]
 
 
 TEXTS = ["I am a simulator, not a model,", " so I can only tell you"]

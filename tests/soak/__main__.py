@@ -21,19 +21,24 @@ from pathlib import Path
 from tests.bench.load import machine
 from tests.soak import check, servers
 from tests.soak.clients import Load
-from tests.soak.memory import MIB, growth_bytes
+from tests.soak.memory import MIB, floors, growth_bytes
 from tests.support.metrics import scrape
 from tests.support.redis import RedisServer
 
 CLIENTS = 60
 PROGRESS_S = 10
-# Memory may rise by so much, along a line through the measurements after the warm-up.
-GROWTH_BYTES = 3 * MIB
+# Large events come and go; what stays is seen where the least is in use. That may rise
+# by so much, along a line from the end of the warm-up on.
+FLOOR_S = 20
+GROWTH_BYTES = 5 * MIB
 WARM_UP = 0.4  # of the time
 # An idle upstream connection is kept for 30 s and looked for every 30 s.
 QUIET_S = 65
 WORKERS_S = 25
 KILL_EVERY_S = 4
+# Connections may still be made to a worker that was killed, for so long at most: one
+# that is killed again and again listens no more until its successor is there.
+GONE_S = 0.5
 _HEADERS = {"Authorization": f"Bearer {servers.TOKEN}"}
 
 
@@ -142,7 +147,7 @@ class Soak:
             for sample in self._memory
             if sample[0] >= WARM_UP * self._seconds and sample[0] < self._seconds
         ]
-        growth = growth_bytes(measured)
+        growth = growth_bytes(floors(measured, FLOOR_S))
         if growth > GROWTH_BYTES:
             self._violations.append(f"memory grows: {growth / MIB:.1f} MiB")
         print(f"\n{check.seen_table(load.asks)}")
@@ -234,7 +239,7 @@ class Soak:
         killed_s: list[float] = []
 
         def may_break(begun_s: float, ended_s: float) -> bool:
-            return any(begun_s <= at_s <= ended_s for at_s in killed_s)
+            return any(begun_s - GONE_S <= at_s <= ended_s for at_s in killed_s)
 
         proxy = servers.proxy(self._directory, self._config, 2)
         await proxy.start()

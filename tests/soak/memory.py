@@ -1,12 +1,26 @@
 """Whether memory grows: a line through measurements."""
 
 from collections.abc import Sequence
+from operator import itemgetter
+from typing import TypeAlias
 
 MIB = 1 << 20
 
 
-def growth_bytes(samples: Sequence[tuple[float, int]]) -> float:
-    """Return by how much a line through (seconds, bytes) rises from first to last.
+Sample: TypeAlias = tuple[float, int]  # seconds, bytes
+
+
+def floors(samples: Sequence[Sample], window_s: float) -> list[Sample]:
+    """Return the least of the samples in each window of time."""
+    least: dict[int, Sample] = {}
+    for sample in samples:
+        window = int(sample[0] / window_s)
+        least[window] = min(sample, least.get(window, sample), key=itemgetter(1))
+    return [*least.values()]
+
+
+def growth_bytes(samples: Sequence[Sample]) -> float:
+    """Return by how much a line through samples rises from first to last.
 
     The line is that of least squares: single peaks move it little.
     """
