@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from tests.soak.memory import MIB
-
+MIB = 1 << 20
 # Large buffers among small pieces that stay, after one that was larger still.
 _PROGRAM = """
 import sys

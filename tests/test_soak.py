@@ -6,7 +6,6 @@ import pytest
 
 from tests.soak import check, servers
 from tests.soak.clients import Ask, Load, Seen
-from tests.soak.memory import MIB, floors, growth_bytes
 from tests.support.dialects import CHAT, TGI, Dialect
 from tests.support.upstream import (
     Close,
@@ -67,19 +66,6 @@ def test_compare_lets_lines_be_lost_only_where_a_process_was_killed():
     asked = [ask("ok", connected_s=1, ended_s=2)]
     assert check.compare(asked, [], may_be_lost=lambda since, until: until > 2) == []
     assert check.compare(asked, [], may_be_lost=lambda since, until: since > 1) != []
-
-
-def test_growth():
-    flat = [(float(at), 50 * MIB + (at % 3) * MIB) for at in range(99)]
-    assert abs(growth_bytes(flat)) < 0.1 * MIB
-    rising = [(at, size + int(at * MIB / 10)) for at, size in flat]
-    assert 9 * MIB < growth_bytes(rising) < 11 * MIB
-    assert growth_bytes([]) == 0
-
-
-def test_floors():
-    samples = [(0.5, 9), (1.0, 7), (2.0, 8), (3.9, 6), (9.0, 1)]
-    assert floors(samples, 2) == [(1.0, 7), (3.9, 6), (9.0, 1)]
 
 
 TEXTS = ["I am a simulator, not a model,", " so I can only tell you"]

@@ -21,17 +21,17 @@ from pathlib import Path
 from tests.bench.load import machine
 from tests.soak import check, servers
 from tests.soak.clients import Load
-from tests.soak.memory import MIB, floors, growth_bytes
 from tests.support.metrics import scrape
 from tests.support.redis import RedisServer
 
+MIB = 1 << 20
 CLIENTS = 60
 PROGRESS_S = 10
-# Large events come and go; what stays is seen where the least is in use. That may rise
-# by so much, along a line from the end of the warm-up on.
-FLOOR_S = 20
+# The load pauses so often, and memory is measured when nothing runs: what it rises by
+# from the second pause to the last is what stays.
+ROUNDS = 5
+WARM_UP = 2
 GROWTH_BYTES = 5 * MIB
-WARM_UP = 0.4  # of the time
 # An idle upstream connection is kept for 30 s and looked for every 30 s.
 QUIET_S = 65
 WORKERS_S = 25
@@ -68,8 +68,8 @@ class Soak:
         # Its connections are kept for as long as they last.
         self._redis_port = self._redis.port if self._redis is not None else 0
         self._kills = {"endpoint": 0, "Redis": 0, "worker": 0}
-        self._memory: list[tuple[float, int]] = []
-        self._most_files = 0
+        self._at_rest: list[int] = []  # bytes, after each round
+        self._most_bytes = self._most_files = 0
         self._violations: list[str] = []
 
     async def run(self) -> int:
@@ -116,10 +116,11 @@ class Soak:
             for helper in (self._watch(proxy, load, began_s), self._kill_servers()):
                 task = asyncio.create_task(helper)
                 stack.push_async_callback(_cancelled, task)
-            await load.run(self._clients, self._seconds)
+            for _ in range(ROUNDS):
+                await load.run(self._clients, self._seconds / ROUNDS)
+                self._at_rest.append(machine.rss_bytes(proxy.pid))
         cpu_s = machine.cpu_s(proxy.pid) - cpu_s
         took_s = time.monotonic() - began_s
-        end = machine.rss_bytes(proxy.pid)
         print(f"{'':6}quiet; what is idle is closed within {QUIET_S} s", flush=True)
         left_files, left_sockets = await servers.settled(
             proxy.pid, files, QUIET_S, self._redis_port
@@ -142,17 +143,11 @@ class Soak:
         counted = page.value("exchanges_total") - 1
         logged = sum(bool(outcome.get("client")) for outcome in outcomes)
         self._expect("requests counted, of those with lines,", counted, logged)
-        measured = [
-            sample
-            for sample in self._memory
-            if sample[0] >= WARM_UP * self._seconds and sample[0] < self._seconds
-        ]
-        growth = growth_bytes(floors(measured, FLOOR_S))
+        growth = self._at_rest[-1] - self._at_rest[WARM_UP - 1]
         if growth > GROWTH_BYTES:
             self._violations.append(f"memory grows: {growth / MIB:.1f} MiB")
         print(f"\n{check.seen_table(load.asks)}")
         print(f"\n{check.kinds_table(outcomes)}\n")
-        minutes = (measured[-1][0] - measured[0][0]) / 60 if measured else 0.0
         asked = len(load.asks)
         plain = [
             ask.seen
@@ -168,6 +163,7 @@ class Soak:
             ("time, s", f"{took_s:.0f}"),
             ("requests", f"{asked} ({asked / took_s:.0f}/s)"),
             ("CPU of the proxy, s", f"{cpu_s:.0f}"),
+            ("longest reply, s", f"{check.longest_s(load.asks):.1f}"),
             (
                 "asked of models without faults",
                 f"{plain.count('ok')} of {len(plain)} ok",
@@ -180,11 +176,11 @@ class Soak:
                 f"{files}, {self._most_files}, {left_files}",
             ),
             ("sockets of them before, after", f"{sockets}, {left_sockets}"),
-            ("memory before, MiB", f"{start / MIB:.1f}"),
-            ("at the end, at most", f"{end / MIB:.1f}, {self._most_memory():.1f}"),
+            ("memory before, at most, MiB", f"{_mib(start)}, {_mib(self._most_bytes)}"),
+            ("memory at rest, after each fifth", ", ".join(map(_mib, self._at_rest))),
             (
-                f"growth in the last {minutes:.1f} min",
-                f"{growth / MIB:+.2f} (bound {GROWTH_BYTES / MIB:g})",
+                "growth of that, after two of them",
+                f"{_mib(growth)} (bound {_mib(GROWTH_BYTES)})",
             ),
         ]
         print(check.table(figures))
@@ -197,9 +193,6 @@ class Soak:
         redis = self._kills["Redis"] if self._redis is not None else "not installed"
         return f"{self._kills['endpoint']}, {redis}"
 
-    def _most_memory(self) -> float:
-        return max((size for _, size in self._memory), default=0) / MIB
-
     async def _watch(self, proxy: servers.Process, load: Load, began_s: float) -> None:
         shown_s, shown = began_s, 0
         while True:
@@ -207,7 +200,7 @@ class Soak:
             now_s = time.monotonic()
             size = machine.rss_bytes(proxy.pid)
             files, _ = servers.open_files(proxy.pid, self._redis_port)
-            self._memory.append((now_s - began_s, size))
+            self._most_bytes = max(self._most_bytes, size)
             self._most_files = max(self._most_files, files)
             if now_s - shown_s >= PROGRESS_S:
                 rate = (len(load.asks) - shown) / (now_s - shown_s)
@@ -280,6 +273,10 @@ async def _kill_workers(proxy: servers.Process, killed_s: list[float]) -> None:
         if len(victims) == 2:
             killed_s.append(time.monotonic())
             os.kill(victims[0], signal.SIGKILL)
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:.1f}"
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
