@@ -31,7 +31,7 @@ PROGRESS_S = 10
 # from the second pause to the last is what stays.
 ROUNDS = 5
 WARM_UP = 2
-GROWTH_BYTES = 5 * MIB
+GROWTH_BYTES = 10 * MIB
 # An idle upstream connection is kept for 30 s and looked for every 30 s.
 QUIET_S = 65
 WORKERS_S = 25
