@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # make run TGI_URL=http://host:port | CONFIG=proxy.yaml | LISTEN=host:port
 SERVE_ARGS := $(if $(LISTEN),--listen $(LISTEN)) $(if $(TGI_URL),--tgi-url $(TGI_URL)) $(if $(CONFIG),--config $(CONFIG))
 
-.PHONY: help run test check fmt types lint cov fuzz bench load e2e clean
+.PHONY: help run test check fmt types lint cov fuzz bench load soak e2e clean
 
 help: ## say what each target does
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -58,6 +58,9 @@ bench: $(VENV)/.dev ## microbenchmarks, µs per event
 
 load: $(VENV)/.dev ## under load by wrk, beside nginx; PEERS=litellm, ARGS='--quick --svg FILE'
 	$(BIN)/python -m tests.bench.load $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+
+soak: $(VENV)/.dev ## mixed clients and faults at once for SOAK_MINUTES (2): does anything leak, hang or lie?
+	$(BIN)/python -m tests.soak --minutes $(or $(SOAK_MINUTES),2)
 
 build/bench/%: tests/bench/%.c
 	@mkdir -p $(@D)

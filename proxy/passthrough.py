@@ -22,6 +22,8 @@ from proxy.errors import (
 )
 from proxy.sse import Event, Parser, frame
 
+_BOM = b"\xef\xbb\xbf"
+
 
 class PassThrough:
     """A stream of events.
@@ -230,7 +232,8 @@ class PassThrough:
         is_clean = added is None and all(event.data is text for event, text in fixed)
         if is_clean and not failed and not self._is_reframed:
             out, self._tail = self._tail[:cut], self._tail[cut:]
-            return out
+            # Clients that read line by line would lose the first event to it.
+            return out if self.is_answering else out.removeprefix(_BOM)
         self._tail = self._tail[cut:]
         return b"".join(frame(e.type, text) for e, text in fixed if text is not None)
 

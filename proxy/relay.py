@@ -327,7 +327,8 @@ class Relay:
         elif now_s >= due_s:
             self._stop(self._late(kind, what))
         else:
-            self._speak_again(now_s)
+            with contextlib.suppress(ConnectionError):  # the task is told of that, too
+                self._speak_again(now_s)
             self._set_clock()
 
     def _late(self, kind: type[DeadlineExceeded], what: str) -> DeadlineExceeded:

@@ -7,6 +7,7 @@ configuration, watches it and sends it here.
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import functools
 import gc
 import os
@@ -36,6 +37,8 @@ from proxy.watch import POLL_S, Watch
 
 LOG_DELAY_S = 0.05
 _READ_BYTES = 64 * 1024
+_M_MMAP_THRESHOLD = -3  # of mallopt(3)
+_MAPPED_BYTES = 128 * 1024
 
 
 def run(options: argparse.Namespace) -> int:
@@ -191,6 +194,7 @@ class _Service:
         if announce:
             say(_banner(self.settings, addresses))
         _calm_collector()
+        _give_buffers_back()
 
     def reload(self, settings: Settings) -> None:
         """Raises: ConfigError: nothing has changed."""
@@ -276,6 +280,18 @@ def _calm_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 50, 100)
+
+
+def _give_buffers_back() -> None:
+    """Have large buffers mapped, so that they return to the system when they are freed.
+
+    glibc begins so, but takes each large buffer that is freed for the usual size, and
+    from then on puts those up to that size among small ones, where their room stays:
+    under load with some large events 170 MiB and rising, of which 10 were in use; 65
+    this way. Other C libraries do not have the function, nor the habit.
+    """
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
 
 
 # -------------------------------------------------------------------------------- workers

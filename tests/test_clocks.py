@@ -2,14 +2,27 @@
 by what goes on with the answer.
 """
 
+import asyncio
+import io
 import time
 
 import pytest
 
-from tests.support.client import RawReply, request
+from proxy.log import ExchangeLog
+from proxy.redact import Redactor
+from proxy.relay import Relay
+from proxy.server import Listener, Proxy
+from proxy.upstream import Upstream
+from tests.support.client import RawReply, request, stream
 from tests.support.dead import full
 from tests.support.dialects import ANTHROPIC, CHAT, CODY, DIALECTS, Dialect
-from tests.support.fixtures import Block, RunningProxy, Starter, model_configuration
+from tests.support.fixtures import (
+    Block,
+    RunningProxy,
+    Starter,
+    load,
+    model_configuration,
+)
 from tests.support.upstream import (
     Hang,
     Pause,
@@ -274,3 +287,38 @@ async def test_after_the_finish_no_token_is_waited_for(
     assert CHAT.read(raw, stream=True).text == "a"
     assert proxy.outcomes[0]["kind"] == "ok"
     assert CLOCK_S <= proxy.outcomes[0]["duration_s"] < CLOCK_S + SLACK_S
+
+
+async def test_a_tick_in_the_turn_in_which_the_client_goes(upstream):
+    """Its connection is closing, but nobody has been told so far."""
+    upstream.script([sse_head(), chunk(openai_chunk({"content": "a"})), Hang()])
+    settings = load(
+        {
+            "modelConfiguration": model_configuration(upstream.url),
+            "keepAlive": {"every": 0.001},
+        }
+    )
+    log = io.StringIO()
+    redact = Redactor([])
+    proxy = Proxy(settings, Upstream(), ExchangeLog(log, redact), redact)
+    listener = Listener(proxy)
+    host, port = (await listener.start())[0]
+    try:
+        asking = stream(
+            f"http://{host}:{port}", path=CODY.path, body=CODY.body(stream=True)
+        )
+        async with asking as reply:
+            await reply.read_until(b'"a"')
+            (relay,) = proxy.relays
+            assert isinstance(relay, Relay)
+            transport = relay._response._request.transport
+            assert transport is not None
+            transport.abort()
+            for _ in range(2):  # the first one may only see that something was said
+                time.sleep(0.002)  # noqa: ASYNC251  # within one turn
+                relay._tick()
+        await asyncio.wait_for(proxy.is_idle.wait(), 2)
+    finally:
+        await listener.stop()
+    assert '"kind":"client_gone"' in log.getvalue()
+    await upstream.closed()

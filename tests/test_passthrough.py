@@ -91,6 +91,12 @@ def test_clean_streams_keep_every_byte(name, adjust, cuts):
     assert run(subject(adjust=adjust), cut(stream, cuts)) == stream
 
 
+@given(cuts=cuts)
+def test_byte_order_mark_is_taken_off(cuts):
+    stream = CLEAN["vllm chat_stream"]
+    assert run(subject(), cut(b"\xef\xbb\xbf" + stream, cuts)) == stream
+
+
 @given(st.binary(max_size=300), cuts)
 def test_any_bytes_pass_where_nothing_is_adjusted(stream, cuts):
     passing = subject(adjust=False)

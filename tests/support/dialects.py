@@ -209,7 +209,8 @@ def _tgi(body: bytes) -> Seen:
             assert payload["error_type"]
             seen.error, is_over = payload["error"], True
             continue
-        seen.text += payload["token"]["text"]
+        if not payload["token"]["special"]:
+            seen.text += payload["token"]["text"]
         if payload["generated_text"] is not None:
             assert payload["generated_text"] == seen.text
             is_over = True
