@@ -23,13 +23,14 @@ from typing import Any
 from proxy import __version__, config, simulator
 from proxy.config import Settings
 from proxy.errors import ConfigError
+from proxy.listener import Listener
 from proxy.log import ExchangeLog
 from proxy.metrics import Board
 from proxy.plan import LENGTH, METRICS_DIR_VARIABLE, NUMBER_VARIABLE, Plan
 from proxy.probe import Found, probe
 from proxy.redact import Redactor
 from proxy.relay import LAST_WRITE_S
-from proxy.server import Listener, Proxy
+from proxy.server import Proxy
 from proxy.status import say
 from proxy.tls import BadFile
 from proxy.upstream import Upstream

@@ -1,7 +1,7 @@
 """The server edge: takes a request, answers it, and writes down how that went.
 
-What to say is decided elsewhere; here are the order of the checks, the rendering of
-errors, and the low-level server itself.
+What to say is decided elsewhere; here are the order of the checks and the rendering of
+errors.
 """
 
 import asyncio
@@ -9,11 +9,9 @@ import contextlib
 import logging
 import random
 import re
-import socket
-import ssl
 import time
 import unicodedata
-from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import TypeAlias, cast
 from urllib.parse import unquote
 
@@ -22,7 +20,7 @@ import msgspec
 from aiohttp import web
 from msgspec import json, structs
 
-from proxy import __version__, connections, pages, routes, sockets
+from proxy import __version__, pages, routes
 from proxy.admission import Admission, admission
 from proxy.auth import NOT_GIVEN, Access, credential
 from proxy.body import too_large, too_slow, undecodable
@@ -64,16 +62,15 @@ from proxy.instance import Instance, Page, Visit
 from proxy.interrupt import Interruptible, Work
 from proxy.knobs import knobs_of
 from proxy.log import ExchangeLog
-from proxy.metrics import PUBLISH_S, Board, Metrics
+from proxy.metrics import Board, Metrics
 from proxy.modelconfig.resolved import Endpoint, Model, Provider as ProviderSettings
 from proxy.outcome import Outcome
 from proxy.pool import Member, Pool
 from proxy.providers import PROVIDERS
 from proxy.providers.base import Asked, Call, Native, join_url, pass_on, token_query
 from proxy.redact import BUG, Redactor
-from proxy.relay import LAST_WRITE_S, Relay
+from proxy.relay import Relay
 from proxy.response import Response, own_headers
-from proxy.tls import renew, server_context
 from proxy.upstream import Upstream
 from proxy.usage import UsageCounter
 
@@ -84,14 +81,9 @@ _WITH_MODEL = {"/v1/embeddings", "/v1/responses", "/v1/messages/count_tokens"}
 _LIST_S = 5.0
 _MODEL_LISTS = ("/v1/models", "/.api/llm/models")
 MESSAGE_CHARS = 2000
-# aiohttp would log each malformed request with a traceback, headers included.
-_http_logger = logging.getLogger("proxy.http")
-_http_logger.addFilter(lambda record: not record.exc_info)
 _NO_PATH = Reply(400, "text/plain; charset=utf-8", b"the request names no path\n")
 _HEALTHY = Reply(200, "text/plain; charset=utf-8", __version__.encode())
 _STOPPING = Reply(503, "text/plain; charset=utf-8", b"shutting down\n")
-# How long a client may take to shake hands over TLS.
-_HANDSHAKE_S = 15.0
 _PATH = re.compile(r"/(?:[!-$&-~]|%[0-9A-Fa-f]{2})*")
 # In what a path stands for; the second is what bytes that are no UTF-8 become.
 _NEVER_IN_PATH = re.compile("[\0-\x1f\x7f\ufffd]")
@@ -949,183 +941,3 @@ def _authorization(head: Head, header: str) -> str | None:
         return f"Bearer {given}"
     key = head.headers.get("X-API-Key")
     return given or (f"Bearer {key}" if key else None)
-
-
-class Listener:
-    """The low-level server on its sockets.
-
-    ``swap`` puts another proxy, that is another configuration, in the place of the one
-    that answers; what is open is finished by the one that began it. ``stop`` goes by
-    ``shutdown`` in the configuration and ends what is left with an error in its dialect.
-
-    Args: listening: sockets that listen already, instead of the addresses configured.
-    """
-
-    def __init__(
-        self, proxy: Proxy, listening: list[socket.socket] | None = None
-    ) -> None:
-        self._proxy = proxy
-        self._retired: dict[asyncio.Task[None], Proxy] = {}
-        self._listening = listening
-        self._tls: ssl.SSLContext | None = None
-        self._servers: list[asyncio.Server] = []
-        self._connections = connections.Server(
-            self._handle,
-            proxy.settings.limits,
-            proxy.settings.timeouts,
-            request_factory=self._request,
-            logger=_http_logger,
-        )
-        # aiohttp takes 0 for "as long as it takes".
-        self._runner = web.ServerRunner(
-            self._connections, shutdown_timeout=0.001, access_log=None
-        )
-        self._loop = asyncio.get_running_loop()
-        self._hurried = asyncio.Event()
-        self._publisher: asyncio.TimerHandle | None = None
-        self._tell(proxy.metrics)
-
-    def _handle(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
-        # What aiohttp asks of a response, ours can answer.
-        return cast("Awaitable[web.StreamResponse]", self._proxy.handle(request))
-
-    def _tell(self, metrics: Metrics) -> None:
-        """Say what only the listener knows."""
-        metrics.read("client_connections", lambda: {"": self._connections.count})
-        metrics.read("connections_refused", lambda: self._connections.refused)
-        metrics.read(
-            "in_flight", lambda: {"": sum(each.in_flight for each in self._proxies)}
-        )
-
-    # aiohttp gives the factory's arguments no public types.
-    def _request(  # type: ignore[no-untyped-def]
-        self, message, payload, protocol, writer, task
-    ):
-        if self._proxy.is_stopping:  # the client goes elsewhere with its next request
-            message = message._replace(should_close=True)
-        return web.BaseRequest(
-            message,
-            payload,
-            protocol,
-            writer,
-            task,
-            self._loop,
-            # The server's own limit is 1 MiB, less than one image.
-            client_max_size=self._proxy.settings.limits.body_bytes,
-        )
-
-    async def start(self) -> list[tuple[str, int]]:
-        """Return the addresses that are listened on.
-
-        Raises: OSError: one of them cannot be had. BadFile.
-        """
-        settings = self._proxy.settings
-        if settings.tls is not None:
-            self._tls = server_context(settings.tls)
-        if self._listening is None:
-            self._listening = sockets.listen(settings.listen)
-        await self._runner.setup()
-        for each in self._listening:
-            server = await self._loop.create_server(
-                self._connections,
-                sock=each,
-                backlog=sockets.BACKLOG,
-                ssl=self._tls,
-                ssl_handshake_timeout=_HANDSHAKE_S if self._tls else None,
-            )
-            self._servers.append(server)
-        if self._proxy.board is not None:
-            self._restore(self._proxy.board)
-            self._publish(self._proxy.board)
-        return [
-            each.getsockname()[:2]
-            for server in self._servers
-            for each in server.sockets
-        ]
-
-    def swap(self, proxy: Proxy) -> None:
-        """Let another proxy answer from now on. Raises: BadFile: nothing has changed."""
-        if self._tls is not None and proxy.settings.tls is not None:
-            renew(self._tls, proxy.settings.tls)
-        old, self._proxy = self._proxy, proxy
-        proxy.take_over(old)
-        self._tell(proxy.metrics)
-        self._connections.configure(proxy.settings.limits, proxy.settings.timeouts)
-        proxy.is_stopping, proxy.is_closed = old.is_stopping, old.is_closed
-        task = self._loop.create_task(_retire(old))
-        self._retired[task] = old
-        task.add_done_callback(self._retired.pop)
-
-    @property
-    def _proxies(self) -> list[Proxy]:
-        """All that have something open."""
-        return [self._proxy, *self._retired.values()]
-
-    def _restore(self, board: Board) -> None:
-        if (left := board.left()) is not None:
-            # Of another version: the counters begin anew.
-            with contextlib.suppress(ValueError):
-                self._proxy.metrics.restore(left)
-
-    def _publish(self, board: Board) -> None:
-        try:
-            board.publish(self._proxy.metrics.snapshot())
-        except OSError as error:
-            logger.warning("metrics of this process are not shared: %s", error)
-            return
-        self._publisher = self._loop.call_later(PUBLISH_S, self._publish, board)
-
-    @property
-    def is_busy(self) -> bool:
-        return any(proxy.relays for proxy in self._proxies)
-
-    def hurry(self) -> None:
-        """Wait for nobody any more: end open replies with an error in their dialect."""
-        if self._hurried.is_set():
-            return  # an error that is on its way must not be interrupted
-        self._hurried.set()
-        for proxy in self._proxies:
-            proxy.is_closed = True
-            for relay in list(proxy.relays):
-                relay.interrupt()
-
-    async def stop(self) -> None:
-        shutdown = self._proxy.settings.shutdown
-        self._proxy.is_stopping = True
-        if self._servers and shutdown.delay_s:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(shutdown.delay_s):
-                    await self._hurried.wait()
-        for server in self._servers:
-            server.close()
-        self._proxy.is_closed = True
-        await self._drain(shutdown.grace_s)
-        self.hurry()
-        await self._drain(LAST_WRITE_S)
-        await self._runner.cleanup()
-        for proxy in self._proxies:
-            await _put_away(proxy)
-        for task in list(self._retired):
-            task.cancel()
-        if self._proxy.admission is not None:
-            await self._proxy.admission.close()
-        if self._publisher is not None and self._proxy.board is not None:
-            self._publisher.cancel()
-            with contextlib.suppress(OSError):
-                self._proxy.board.publish(self._proxy.metrics.snapshot())
-
-    async def _drain(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                for proxy in self._proxies:
-                    await proxy.is_idle.wait()
-
-
-async def _retire(proxy: Proxy) -> None:
-    await proxy.is_idle.wait()
-    await _put_away(proxy)
-
-
-async def _put_away(proxy: Proxy) -> None:
-    await proxy.upstream.close()
-    proxy.log.flush()

@@ -8,10 +8,11 @@ import time
 
 import pytest
 
+from proxy.listener import Listener
 from proxy.log import ExchangeLog
 from proxy.redact import Redactor
 from proxy.relay import Relay
-from proxy.server import Listener, Proxy
+from proxy.server import Proxy
 from proxy.upstream import Upstream
 from tests.support.client import RawReply, request, stream
 from tests.support.dead import full

@@ -28,6 +28,7 @@ FLOORS = [
     },
     {
         *("upstream", "response", "relay", "forward", "server", "simulator", "probe"),
+        "listener",
         *("sockets", "interrupt", "admission", "connections", "outbox"),
         "body",
     },
@@ -55,8 +56,9 @@ NEIGHBOURS = {
     "connections": {"response"},
     "server": {
         *("relay", "forward", "response", "upstream", "body"),
-        *("interrupt", "sockets", "admission", "connections"),
+        *("interrupt", "admission"),
     },
+    "listener": {"server", "relay", "sockets", "connections"},
     "workers": {"serve"},
     "status": {"errors"},
     "__main__": {"serve", "workers"},

@@ -300,7 +300,7 @@ async def test_proxy_that_replaces_another_goes_on_with_its_counts(upstream):
 async def test_counts_are_published_from_time_to_time(
     upstream, tmp_path: Path, monkeypatch
 ):
-    monkeypatch.setattr("proxy.server.PUBLISH_S", 0.05)
+    monkeypatch.setattr("proxy.listener.PUBLISH_S", 0.05)
     assert PUBLISH_S > 1
     upstream.script(ANSWER)
     settings = load({"modelConfiguration": model_configuration(upstream.url)})

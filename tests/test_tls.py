@@ -378,7 +378,7 @@ async def test_clients_speak_tls_1_2_at_least(tmp_path, authority, pair, version
 
 
 async def test_handshake_that_does_not_come(tmp_path, pair, monkeypatch):
-    monkeypatch.setattr("proxy.server._HANDSHAKE_S", 0.2)
+    monkeypatch.setattr("proxy.listener._HANDSHAKE_S", 0.2)
     file = {"tls": pem(pair), "modelConfiguration": model_configuration("http://x")}
     async with running(settings_of(tmp_path, file)) as proxy:
         port = int(proxy.url.rpartition(":")[2])

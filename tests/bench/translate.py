@@ -17,9 +17,10 @@ from proxy import config
 from proxy.dialects.cody import CumulativeWriter, DeltaWriter
 from proxy.dialects.openai import OpenAIReader
 from proxy.exchange import Exchange
+from proxy.listener import Listener
 from proxy.log import ExchangeLog
 from proxy.redact import Redactor
-from proxy.server import Listener, Proxy
+from proxy.server import Proxy
 from proxy.sse import Parser
 from proxy.stops import Cutter
 from proxy.upstream import Upstream

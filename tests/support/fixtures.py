@@ -12,10 +12,11 @@ import yaml
 from msgspec.structs import replace
 
 from proxy import config
+from proxy.listener import Listener
 from proxy.log import ExchangeLog
 from proxy.metrics import Board
 from proxy.redact import Redactor
-from proxy.server import Listener, Proxy
+from proxy.server import Proxy
 from proxy.upstream import Upstream
 from tests.support.client import RawReply, request
 from tests.support.upstream import ScriptedUpstream
