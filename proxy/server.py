@@ -655,14 +655,16 @@ class _Handling:
         settings: ProviderSettings,
         endpoint: Endpoint,
     ) -> Native | None:
-        provider = self._proxy.providers[settings.id]
-        asked = Asked(self._incoming.dialect, self._path)
-        if settings.client_credentials:
-            return provider.native(asked, completion, model, endpoint)
         natives = self._proxy.natives
+        # A client's own credential belongs to no configured endpoint.
         key = (self._path, completion.stream, model.ref, id(endpoint))
-        if key not in natives:
-            natives[key] = provider.native(asked, completion, model, endpoint)
+        if settings.client_credentials or key not in natives:
+            provider = self._proxy.providers[settings.id]
+            asked = Asked(self._incoming.dialect, self._path)
+            native = provider.native(asked, completion, model, endpoint)
+            if settings.client_credentials:
+                return native
+            natives[key] = native
         return natives[key]
 
     def _timeout_s(self, default_s: float) -> float:
