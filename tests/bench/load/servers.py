@@ -88,6 +88,8 @@ def _configuration(
     return {
         "listen": f"127.0.0.1:{port}",
         "auth": {"tokens": [{"name": "load", "token": TOKEN}]},
+        # On, and never reached.
+        "limits": {"inFlight": 8192, "token": {"inFlight": 8192}},
         "modelConfiguration": {
             "providerOverrides": [{"id": "sim", "serverSideConfig": sim}],
             "modelOverrides": [
