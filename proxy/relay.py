@@ -252,10 +252,12 @@ class Relay:
     ) -> None:
         """Say what has arrived."""
         out = b""
-        if data := self._take(reply):
+        if data := reply.take():
+            if self._verbose:
+                self._note_data(data)
             out = exchange.receive_data(data)
-        is_complete = not exchange.is_ended and reply.is_complete
-        if is_complete:
+        is_going_on = reply.is_going_on
+        if not (is_going_on or exchange.is_ended) and reply.is_complete:
             out += exchange.receive_eof()
         if exchange.progress != self._progress:
             self._progress = exchange.progress
@@ -269,7 +271,7 @@ class Relay:
             return
         if out:
             self._write(out)
-        if not data and (failure := reply.failure) is not None:
+        if not (is_going_on or data) and (failure := reply.failure) is not None:
             raise failure
         if exchange.is_finishing and not self._is_closing:
             self._is_closing = True
@@ -277,7 +279,7 @@ class Relay:
             self._set_clock()
         if self._response.is_clogged:
             self._wake()
-        elif reply.has_more or (data and reply.failure is not None):
+        elif not is_going_on and (reply.has_more or (data and reply.failure)):
             self._loop.call_soon(self._step)
 
     def _wake(self) -> None:
@@ -411,12 +413,6 @@ class Relay:
             cutter=cutter,
             redact=self._redact,
         )
-
-    def _take(self, reply: UpstreamReply) -> bytes:
-        data = reply.take()
-        if self._verbose:
-            self._note_data(data)
-        return data
 
     def _note_data(self, data: bytes) -> None:
         self._unlogged += data

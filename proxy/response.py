@@ -43,6 +43,7 @@ class Response:
         self._request = request
         self._id = id
         self._is_chunked = False
+        self._transport: asyncio.Transport | None = None
         self.more = b""  # header lines
         # Where writes may wait for the end of the turn; None while aiohttp might write
         # to the same socket within it.
@@ -97,6 +98,7 @@ class Response:
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client is gone")
         self.is_begun = True
+        self._transport = transport
         if self.outbox is None:
             transport.write(data)
             return
@@ -122,7 +124,8 @@ class Response:
     @property
     def is_clogged(self) -> bool:
         """The client does not read as fast as it is written to."""
-        transport = self._request.transport
+        # Before the first write nothing of ours can be in the way.
+        transport = self._transport
         return transport is not None and transport.get_write_buffer_size() > _HIGH_BYTES
 
     async def drain(self) -> None:

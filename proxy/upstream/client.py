@@ -159,6 +159,11 @@ class UpstreamReply:
         return self._unpacker is not None and self._unpacker.has_more
 
     @property
+    def is_going_on(self) -> bool:
+        """All that is here was taken, and no end is in sight: the usual case."""
+        return self._unpacker is None and self._connection.is_ending
+
+    @property
     def is_complete(self) -> bool:
         """All has been taken, and it is whole."""
         if not self._connection.is_complete or self.has_more:
