@@ -20,7 +20,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
-from proxy import __version__, config, simulator
+from proxy import __version__, config
 from proxy.config import Settings
 from proxy.errors import ConfigError
 from proxy.listener import Listener
@@ -86,6 +86,9 @@ async def _read(
         if found.warning:
             say(f"warning: {found.warning}")
     else:
+        # Here, since a proxy with something real behind it starts faster without it.
+        from proxy import simulator
+
         running = await simulator.start(simulator.Settings())
         stack.push_async_callback(running.stop)
         found = Found(f"{running.url}/v1", model="simulator")
