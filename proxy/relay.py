@@ -140,6 +140,17 @@ class Relay:
         """All was said to the client, and nothing was wrong."""
         return self._is_over and self._error is None
 
+    def forget(self) -> None:
+        """Let go of what went wrong, when everybody knows of it.
+
+        An error's traceback leads back to here, and with it to all that was buffered:
+        that would stay until the garbage collector comes, which is seldom.
+        """
+        if self._exchange is not None:
+            self._exchange.error = None
+        self._error = self._stopped = None
+        self._exchange = self._reply = self._event = self._task = None
+
     def interrupt(self) -> None:
         """End the reply now, with an error that the client understands."""
         self._stop(ShuttingDown())

@@ -36,6 +36,8 @@ from proxy.tls import BadFile
 from proxy.upstream import Upstream
 from proxy.watch import POLL_S, Watch
 
+# How often what has become garbage in cycles is looked for.
+COLLECT_S = 30.0
 LOG_DELAY_S = 0.05
 _READ_BYTES = 64 * 1024
 _M_MMAP_THRESHOLD = -3  # of mallopt(3)
@@ -197,7 +199,7 @@ class _Service:
             addresses = await self.listener.start()
         if announce:
             say(_banner(self.settings, addresses))
-        _calm_collector()
+        _calm_collector(asyncio.get_running_loop())
         _give_buffers_back()
 
     def reload(self, settings: Settings) -> None:
@@ -275,15 +277,23 @@ async def _keep_up(
             _say_reloaded(settings, before)
 
 
-def _calm_collector() -> None:
+def _calm_collector(loop: asyncio.AbstractEventLoop) -> None:
     """Let the garbage collector look at little, and seldom.
 
     A full collection stops every stream for 0.15 µs per live container; what was made
-    at start lives to the end anyway, and little garbage here has cycles.
+    at start lives to the end anyway, and little garbage here has cycles. But that which
+    has may hold large buffers: by its own count the collector would come for old ones
+    every 250 million objects, or never where nobody asks for anything any more.
     """
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 50, 100)
+
+    def collect() -> None:
+        gc.collect()
+        loop.call_later(COLLECT_S, collect)
+
+    loop.call_later(COLLECT_S, collect)
 
 
 def _give_buffers_back() -> None:

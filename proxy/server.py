@@ -497,6 +497,7 @@ class _Handling:
                     self,
                     is_complete=relay.is_complete,
                 )
+                relay.forget()
                 if (usage := call.reader.usage) is not None:
                     outcome.prompt_tokens = usage.prompt_tokens
                     outcome.completion_tokens = usage.completion_tokens

@@ -239,6 +239,7 @@ class Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         self.listener = None
+        self._chunks = []
         if self._sending is not None:
             self._sending.cancel()
         if self._transport is not None:
