@@ -853,6 +853,25 @@ def _models(
     except ConfigError as error:
         findings.problems += error.problems
         return None
+    _check_names(file, found, findings)
+    models = tuple(
+        _with_own(model, file.models.get(model.ref)) for model in found.models
+    )
+    providers = {
+        id: _provider_with_own(provider, file.providers.get(id), file.timeouts)
+        for id, provider in found.providers.items()
+    }
+    return replace(
+        found,
+        models=models,
+        providers=providers,
+        aliases=file.aliases,
+        fallback=file.fallback,
+    )
+
+
+def _check_names(file: _File, found: ModelConfiguration, findings: Findings) -> None:
+    """What stands beside the block must speak of what is in it."""
     refs = [model.ref for model in found.models]
     for ref, own in file.models.items():
         if ref not in refs:
@@ -879,20 +898,6 @@ def _models(
                 f"{len(weights)} for {len(provider.endpoints)} endpoints; give one for "
                 "each, in their order",
             )
-    models = tuple(
-        _with_own(model, file.models.get(model.ref)) for model in found.models
-    )
-    providers = {
-        id: _provider_with_own(provider, file.providers.get(id), file.timeouts)
-        for id, provider in found.providers.items()
-    }
-    return replace(
-        found,
-        models=models,
-        providers=providers,
-        aliases=file.aliases,
-        fallback=file.fallback,
-    )
 
 
 def _connected(

@@ -271,11 +271,7 @@ class Relay:
         if not (is_going_on or exchange.is_ended) and reply.is_complete:
             out += exchange.receive_eof()
         if exchange.progress != self._progress:
-            self._progress = exchange.progress
-            self._answered_s = self._loop.time()
-            if self._outcome.first_token_s is None:
-                elapsed_s = self._answered_s - self._started_s
-                self._outcome.first_token_s = round(elapsed_s, 4)
+            self._note_progress(exchange.progress)
         if exchange.is_ended:
             self._note(exchange.error)
             self._end(out)
@@ -285,13 +281,25 @@ class Relay:
         if not (is_going_on or data) and (failure := reply.failure) is not None:
             raise failure
         if exchange.is_finishing and not self._is_closing:
-            self._is_closing = True
-            self._closing_s = min(self._deadline_s, self._loop.time() + GRACE_S)
-            self._set_clock()
+            self._wait_a_little()
         if self._response.is_clogged:
             self._wake()
         elif not is_going_on and (reply.has_more or (data and reply.failure)):
             self._loop.call_soon(self._step)
+
+    def _note_progress(self, progress: int) -> None:
+        """The answer has begun, or gone on."""
+        self._progress = progress
+        self._answered_s = self._loop.time()
+        if self._outcome.first_token_s is None:
+            elapsed_s = self._answered_s - self._started_s
+            self._outcome.first_token_s = round(elapsed_s, 4)
+
+    def _wait_a_little(self) -> None:
+        """The answer is complete; its usage may follow, or never come."""
+        self._is_closing = True
+        self._closing_s = min(self._deadline_s, self._loop.time() + GRACE_S)
+        self._set_clock()
 
     def _wake(self) -> None:
         if self._event is not None and not self._event.done():

@@ -26,6 +26,7 @@ from tests.support.fixtures import (
     model_configuration,
     running,
 )
+from tests.support.table import main
 from tests.support.upstream import (
     Close,
     Hang,
@@ -595,21 +596,5 @@ def _count(cases: list[Case], failed: Collection[str]) -> str:
     return f"{sum(case_id(*case) not in failed for case in cases)}/{len(cases)}"
 
 
-class _Failures:
-    """A plugin that keeps the ids of what fails."""
-
-    def __init__(self) -> None:
-        self.ids: list[str] = []
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
-            self.ids.append(report.nodeid.partition("[")[2].removesuffix("]"))
-
-
 if __name__ == "__main__":
-    failures = _Failures()
-    # This module's imports come before pytest can look at them.
-    unseen = "ignore::pytest.PytestAssertRewriteWarning"
-    code = pytest.main([__file__, "-q", "-W", unseen], plugins=[failures])
-    sys.stdout.write(f"\n{table(failures.ids)}\n")
-    sys.exit(code)
+    sys.exit(main(__file__, table))

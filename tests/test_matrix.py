@@ -21,6 +21,7 @@ from tests.support.fixtures import (
     running,
 )
 from tests.support.sdk import CLIENTS, TOOL, Adapter, Answer, CodyChat, Raised
+from tests.support.table import main
 from tests.support.upstream import (
     CREATED,
     DONE,
@@ -973,21 +974,5 @@ def _count(client: Adapter, kind: Kind, failed: Collection[str]) -> str:
     return f"{passed}/{len(ids)}" + (f" ({absent} n/a)" if absent else "")
 
 
-class _Failures:
-    """A plugin that keeps the ids of what fails."""
-
-    def __init__(self) -> None:
-        self.ids: list[str] = []
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
-            self.ids.append(report.nodeid.partition("[")[2].removesuffix("]"))
-
-
 if __name__ == "__main__":
-    failures = _Failures()
-    # This module's imports come before pytest can look at them.
-    unseen = "ignore::pytest.PytestAssertRewriteWarning"
-    code = pytest.main([__file__, "-q", "-W", unseen], plugins=[failures])
-    sys.stdout.write(f"\n{table(failures.ids)}\n")
-    sys.exit(code)
+    sys.exit(main(__file__, table))
