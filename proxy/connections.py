@@ -4,17 +4,23 @@ aiohttp's server closes those that lie idle and refuses lines that are too long.
 the rest: a most of connections, a deadline for the head of a request once its first
 byte is there, and the replies to all who do not keep to that. Nothing of it is known to
 be of any dialect yet, so they are plain text.
+
+A request that comes whole, and of which nothing has to be found out first, is handed on
+past aiohttp's parser and its task (``Visit``).
 """
 
 import asyncio
 import logging
 import resource
 from collections import Counter
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
 
 from aiohttp import web
+from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 
+from proxy import heads
 from proxy.config import AllTimeouts, Limits
 from proxy.response import SERVER
 
@@ -26,6 +32,11 @@ LINGER_S = 1.0
 MOST_LINGERING = 256
 # A whole head is at most that many times as long as one line of it.
 HEAD_LINES = 4
+# How much is read of a request that is not whole yet, and of those that follow one which
+# is being answered.
+MOST_HELD_BYTES = 1024 * 1024
+# How long the rest of a request is waited for before aiohttp gets what is there of it.
+HOLD_S = 1.0
 # Left for whatever else is open: listening sockets, logs, Redis.
 OTHER_FILES = 64
 
@@ -65,15 +76,45 @@ def affordable(wanted: int) -> int:
     return max(1, min(wanted, (allowed - OTHER_FILES) // 2))
 
 
+class Visit(Protocol):
+    """A request that is being answered without aiohttp. At its end it says so to the
+    connection, by ``visited``.
+    """
+
+    def client_gone(self) -> None:
+        """Nobody is there to be answered any more."""
+
+
+class Visitor(Protocol):
+    """Who answers requests without aiohttp, those that can be.
+
+    ``known`` has what is known of a head, by its bytes as ``heads`` cuts them.
+    """
+
+    @property
+    def known(self) -> Mapping[bytes, Any]: ...
+
+    def meet(self, head: bytes, message: RawRequestMessage) -> Any:
+        """Return what is to be known of a head, None if it has to go the usual way.
+
+        Args: message: what it was parsed as.
+        """
+
+    def visit(self, client: "Connection", known: Any, body: bytes) -> Visit | None:
+        """Answer a request; None if it has to go the usual way."""
+
+
 class Server(web.Server):
     """A low-level server whose clients keep to limits.
 
-    ``refused`` counts those that did not, by what it was.
+    ``refused`` counts those that did not, by what it was. ``visitor`` is asked first
+    what to do with a request.
     """
 
     def __init__(
         self,
         handler: Any,
+        visitor: Visitor,
         limits: Limits,
         timeouts: AllTimeouts,
         *,
@@ -87,7 +128,10 @@ class Server(web.Server):
             handler_cancellation=True,
         )
         self.loop = asyncio.get_running_loop()
+        self.visitor = visitor
         self.count = 0
+        self.incomplete: set[Connection] = set()  # whose requests are held
+        self.is_patient = True
         self.lingering = 0
         self.refused: Counter[str] = Counter()
         self._logger = logger
@@ -113,23 +157,53 @@ class Server(web.Server):
             "max_field_size": limits.header_bytes,
         }
 
+    def hurry(self) -> None:
+        """Wait no longer for requests to be whole before they are looked at."""
+        self.is_patient = False
+        for connection in list(self.incomplete):
+            connection.go_on()
+
     def __call__(self) -> web.RequestHandler:
         if self.count >= self._most:
             self.refused["connections"] += 1
             # Any protocol will do for a transport.
             return cast(web.RequestHandler, _Farewell(self, _FULL))
-        return _Connection(self, loop=self.loop, **self._options)
+        return Connection(self, loop=self.loop, **self._options)
 
 
-class _Connection(web.RequestHandler):
-    __slots__ = ("_clock", "_head_bytes", "_server")
+class Connection(web.RequestHandler):
+    """One client's connection."""
+
+    __slots__ = (
+        "_clock",
+        "_head_bytes",
+        "_held",
+        "_held_bytes",
+        "_server",
+        "_visit",
+        "_wanted_bytes",
+    )
 
     def __init__(self, server: Server, **options: Any) -> None:
         super().__init__(server, **options)
         self._server = server
+        self._visit: Visit | None = None
+        # What came during a visit, or is the beginning of one.
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._wanted_bytes = 0  # of the whole request that begins there
         # Until the first request is begun, and of a head that is incomplete.
         self._clock: asyncio.TimerHandle | None = None
         self._head_bytes = 0
+
+    @property
+    def remote(self) -> str:
+        """The client's address, "" if it has none."""
+        peer = self.peername
+        return str(peer[0]) if isinstance(peer, tuple) else peer or ""
+
+    async def drain(self) -> None:
+        await self._drain_helper()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         server = self._server
@@ -140,10 +214,74 @@ class _Connection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._server.count -= 1
+        self._server.incomplete.discard(self)
         self._stop_clock()
+        visit, self._visit = self._visit, None
         super().connection_lost(exc)
+        if visit is not None:
+            visit.client_gone()
 
     def data_received(self, data: bytes) -> None:
+        if self._held or self._visit is not None:
+            self._hold(data)
+            return
+        waiter = self._waiter
+        if (
+            waiter is None
+            or waiter.done()
+            or self._head_bytes
+            or (parts := heads.cut(data)) is None
+        ):
+            self._parse(data)
+        else:  # between two requests, and this is the next one
+            head, begin, end = parts
+            if len(data) == end:
+                self._receive(data, head, begin)
+            elif (
+                len(data) < end <= MOST_HELD_BYTES
+                and self._server.is_patient
+                and not heads.is_waiting(head)
+            ):
+                # Clients often send head and body one after the other.
+                self._stop_clock()
+                self._clock = self._server.loop.call_later(HOLD_S, self.go_on)
+                self._wanted_bytes = end
+                self._server.incomplete.add(self)
+                self._hold(data)
+            else:
+                self._parse(data)
+
+    def _receive(self, data: bytes, head: bytes, begin: int) -> None:
+        """Have a whole request answered, by a visit if that can be."""
+        server, waiter = self._server, self._waiter
+        visitor = server.visitor
+        known = visitor.known.get(head)
+        if known is not None:
+            self._visit = visitor.visit(self, known, data[begin:])
+            if self._visit is None:
+                self._parse(data)
+            elif self._clock is not None:
+                self._stop_clock()
+            return
+        self._waiter = None  # whoever waits for it may not be needed
+        self._parse(data)
+        self._waiter = waiter
+        message, payload = self._messages[0] if self._messages else (None, None)
+        if isinstance(message, RawRequestMessage) and payload is not None:
+            known = visitor.meet(head, message)
+            # A long body makes aiohttp stop reading until somebody takes it.
+            is_whole = payload.is_eof() and not self._reading_paused
+            if known is not None and is_whole and len(self._messages) == 1:
+                self._visit = visitor.visit(self, known, data[begin:])
+        if self._visit is not None:
+            self._messages.clear()
+            if self._parser is not None:
+                self._parser.message_consumed()
+        elif self._messages and waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def _parse(self, data: bytes) -> None:
+        """Let aiohttp have it."""
         super().data_received(data)
         # Whether a request is waited for; most come whole, and this is all they cost.
         waiter = self._waiter
@@ -151,6 +289,58 @@ class _Connection(web.RequestHandler):
             self._wait_for_head(len(data))
         elif self._clock is not None:
             self._stop_clock()
+
+    def _hold(self, data: bytes) -> None:
+        """Keep the rest of a request until it is whole, or what follows it until it is
+        answered.
+        """
+        self._held.append(data)
+        self._held_bytes += len(data)
+        if self._wanted_bytes:
+            if self._held_bytes >= self._wanted_bytes:
+                self.go_on()
+        elif self._held_bytes > MOST_HELD_BYTES and self.transport is not None:
+            self.transport.pause_reading()
+
+    def visited(self, *, keep_alive: bool) -> None:
+        """The request is answered."""
+        self._visit = None
+        if not keep_alive or self._force_close:
+            self.force_close()
+            return
+        # aiohttp's task has waited all the time; now the connection is idle indeed.
+        close_time = self._loop.time() + self._server.idle_s
+        self._next_keepalive_close_time = close_time
+        if self._keepalive_handle is None:
+            self._keepalive_handle = self._loop.call_at(
+                close_time, self._process_keepalive
+            )
+        if self._held:
+            # In a later turn: what was said may still wait for the end of this one.
+            self._loop.call_soon(self.go_on)
+
+    def go_on(self) -> None:
+        """Look at what was held. A request that is not whole goes the usual way."""
+        is_late = self._held_bytes < self._wanted_bytes
+        if self._wanted_bytes:
+            self._server.incomplete.discard(self)
+        data, is_paused = b"".join(self._held), self._held_bytes > MOST_HELD_BYTES
+        self._held = []
+        self._held_bytes = self._wanted_bytes = 0
+        self._stop_clock()
+        if self.transport is None:
+            return
+        if is_paused:
+            self.transport.resume_reading()
+        if is_late:
+            self._parse(data)
+        else:
+            self.data_received(data)
+
+    def _process_keepalive(self) -> None:
+        if self._visit is not None:
+            self._next_keepalive_close_time = self._loop.time() + self._server.idle_s
+        super()._process_keepalive()
 
     def _wait_for_head(self, size: int) -> None:
         server = self._server

@@ -117,7 +117,8 @@ class InFlight:
     def gauges(self, client: str, amount: int | None, provider: str) -> Gauges:
         """Return what limits a request, the narrowest first.
 
-        It is held on to until ``release`` or ``leave``, or until ``wait`` says no.
+        It is held on to until ``release``, ``leave`` or ``forget``, or until ``wait``
+        says no.
 
         Args: client: whoever the limit ``amount`` is for; None: as many as it likes.
         """
@@ -149,7 +150,7 @@ class InFlight:
     ) -> Waiter | None:
         """Join the queue; None if it is full. The caller ends it with ``leave``."""
         if blocked_by.waiting >= self._most_waiting:
-            self._forget(gauges)
+            self.forget(gauges)
             return None
         blocked_by.waiting += 1
         waiter = Waiter(gauges, blocked_by, wake)
@@ -162,7 +163,7 @@ class InFlight:
             self.release(waiter.gauges)
         else:
             self._unqueue(waiter)
-            self._forget(waiter.gauges)
+            self.forget(waiter.gauges)
 
     def release(self, gauges: Gauges) -> None:
         """Give the places back, and let those in whom they suffice, in their order."""
@@ -170,7 +171,7 @@ class InFlight:
             gauge.used -= 1
         if self._queue:
             self._admit()
-        self._forget(gauges)
+        self.forget(gauges)
 
     def _admit(self) -> None:
         total = self._total
@@ -186,8 +187,9 @@ class InFlight:
         del self._queue[waiter]
         waiter.blocked_by.waiting -= 1
 
-    def _forget(self, gauges: Gauges) -> None:
-        """Clients may be addresses, of which there is no end."""
+    def forget(self, gauges: Gauges) -> None:
+        """Let go of gauges in which no place was taken."""
+        # Clients may be addresses, of which there is no end.
         first = gauges[0] if gauges else None
         if first is not None and first.scope == "token":
             first.held -= 1

@@ -45,6 +45,7 @@ class Listener:
         self._servers: list[asyncio.Server] = []
         self._connections = connections.Server(
             self._handle,
+            proxy,
             proxy.settings.limits,
             proxy.settings.timeouts,
             request_factory=self._request,
@@ -122,6 +123,7 @@ class Listener:
         if self._tls is not None and proxy.settings.tls is not None:
             renew(self._tls, proxy.settings.tls)
         old, self._proxy = self._proxy, proxy
+        self._connections.visitor = proxy
         proxy.take_over(old)
         self._tell(proxy.metrics)
         self._connections.configure(proxy.settings.limits, proxy.settings.timeouts)
@@ -166,6 +168,7 @@ class Listener:
     async def stop(self) -> None:
         shutdown = self._proxy.settings.shutdown
         self._proxy.is_stopping = True
+        self._connections.hurry()  # what has begun is to be finished
         if self._servers and shutdown.delay_s:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(shutdown.delay_s):

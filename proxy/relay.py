@@ -9,8 +9,11 @@ import asyncio
 import contextlib
 import logging
 import math
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import NoReturn
+
+import msgspec
 
 from proxy.completion import CompletionRequest
 from proxy.config import KeepAlive
@@ -34,9 +37,9 @@ from proxy.outcome import Outcome
 from proxy.passthrough import PassedBody, PassThrough
 from proxy.providers.base import Call
 from proxy.redact import BUG, Redactor
-from proxy.response import Response
+from proxy.response import Response, render
 from proxy.stops import Cutter
-from proxy.upstream import Upstream, UpstreamCall, UpstreamReply
+from proxy.upstream import Upstream, UpstreamReply
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,8 @@ LAST_WRITE_S = 5.0
 ERROR_BODY_BYTES = 64 * 1024
 ERROR_SHOWN_BYTES = 1024
 ERROR_BODY_S = 2.0
+# Upstreams may call the type of their replies what they like.
+_MOST_HEADS = 64
 
 # What of an upstream's headers may reach the client beside an error.
 _SAFE_HEADERS = ("retry-after", "request-id")
@@ -59,86 +64,104 @@ _TOLD_PREFIXES = (
 )
 
 
+class Terms(msgspec.Struct, frozen=True, kw_only=True):
+    """What is the same for all relays of one model at one path.
+
+    ``source`` is what the upstream is called in errors about its status; ``event_bytes``
+    the most bytes of one event; ``verbose``: log what goes to and comes from the
+    upstream; ``timeouts``: how long the upstream may take; ``keep_alive``: what to say
+    while it is silent; ``reply_headers``: what a successful reply carries besides;
+    ``clients_credential``: the upstream was asked with the client's own credential, so
+    that its refusal is the client's to hear; ``heads``: of replies that were said.
+    """
+
+    upstream: Upstream
+    loop: asyncio.AbstractEventLoop
+    log: ExchangeLog
+    redact: Redactor
+    source: str
+    event_bytes: int
+    verbose: bool
+    timeouts: Timeouts
+    keep_alive: KeepAlive
+    reply_headers: dict[str, str]
+    clients_credential: bool
+    heads: dict[tuple[int, bool, str, type[Writer]], bytes] = {}
+
+
 class Relay:
     """One call of an upstream and the reply it becomes.
 
-    Until the upstream's status is known a task waits; from then on the socket's
-    callbacks carry each read to the client at once (``_step``), and the task only
-    waits for the end, or for a client that does not read fast enough.
+    The socket's callbacks carry each read to the client at once (``_step``). A task is
+    only needed where something else has to be waited for: a new connection, a client
+    that does not read fast enough, the words of an error. ``begin`` does without one
+    until then; with one there is only ``run``.
 
     Args:
-        source: what the upstream is called in errors about its status.
-        event_bytes: most bytes of one event.
-        verbose: log what goes to and comes from the upstream.
-        timeouts: how long the upstream may take.
-        keep_alive: what to say while it is silent.
-        reply_headers: what a successful reply carries besides.
-        clients_credential: the upstream was asked with the client's own credential,
-            so that its refusal is the client's to hear.
+        started_s, timeout_s: when the request came, on the loop's clock, and how long
+            its answer may take.
     """
 
     def __init__(
         self,
+        terms: Terms,
         response: Response,
         completion: CompletionRequest,
         writer: Writer,
         call: Call,
         outcome: Outcome,
-        *,
-        source: str,
-        event_bytes: int,
-        redact: Redactor,
-        log: ExchangeLog,
-        verbose: bool,
-        timeouts: Timeouts,
-        keep_alive: KeepAlive,
-        reply_headers: dict[str, str],
-        clients_credential: bool,
-        loop: asyncio.AbstractEventLoop,
+        started_s: float,
+        timeout_s: float,
     ) -> None:
+        self._terms = terms
         self._response = response
         self._completion = completion
         self._writer = writer
         self._call = call
         self._outcome = outcome
-        self._source = source
-        self._event_bytes = event_bytes
-        self._redact = redact
-        self._log = log
-        self._verbose = verbose
-        self._timeouts = timeouts
-        self._keep_alive = keep_alive
-        self._progress = 0  # of the exchange, when it was last looked at
-        self._answered_s = 0.0  # when the answer began or last went on
-        self._spoken = 0  # writes to the client, and their number at the last tick
-        self._spoken_before = 0
-        self._quiet_s = 0.0  # since when the client is known to have heard nothing
-        self._reply_headers = reply_headers
-        self._clients_credential = clients_credential
-        self._loop = loop
-        self._unlogged = bytearray()
-        self._exchange: Exchange | PassThrough | PassedBody | None = None
-        self._reply: UpstreamReply | None = None
-        self._reply_type = ""
-        self._passed_headers: dict[str, str] = {}
-        self._status = 200
-        self._task: asyncio.Task[object] | None = None
-        self._stopped: ProxyError | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._event: asyncio.Future[None] | None = None
-        self._error: ProxyError | None = None
-        self._is_over = False  # the last byte was written
-        self._is_closing = False
+        self._started_s = started_s
+        self._timeout_s = timeout_s
+        self._closing_s = started_s + timeout_s
+        self._asked_s = self._quiet_s = terms.loop.time()
+        self._asked = terms.upstream.open(
+            call.url,
+            call.headers,
+            call.body,
+            outcome.endpoint,
+            connect_s=terms.timeouts.connect_s,
+        )
 
-    @property
-    def error(self) -> ProxyError | None:
-        """What went wrong, said to the client or not."""
-        return self._error
+    # What most relays never change.
+    _progress = 0  # of the exchange, when it was last looked at
+    _answered_s = 0.0  # when the answer began or last went on
+    _spoken = 0  # writes to the client, and their number at the last tick
+    _spoken_before = 0
+    _unlogged = b""
+    _exchange: Exchange | PassThrough | PassedBody | None = None
+    _reply: UpstreamReply | None = None
+    _reply_type = ""
+    _passed_headers: Mapping[str, str] = {}
+    _status = 200
+    _task: asyncio.Task[object] | None = None
+    _stopped: ProxyError | None = None
+    _timer: asyncio.TimerHandle | None = None
+    _event: asyncio.Future[None] | None = None
+    error: ProxyError | None = None  # what went wrong, said to the client or not
+    _is_over = False  # the last byte was written
+    _is_closing = False
+    # Until there is a task: whom to tell of the end, whom to ask for a task, and why.
+    _ended: Callable[[], None] | None = None
+    _call_task: Callable[[], None] | None = None
+    _failure: Exception | None = None
 
     @property
     def is_complete(self) -> bool:
         """All was said to the client, and nothing was wrong."""
-        return self._is_over and self._error is None
+        return self._is_over and self.error is None
+
+    @property
+    def _deadline_s(self) -> float:
+        return self._started_s + self._timeout_s
 
     def forget(self) -> None:
         """Let go of what went wrong, when everybody knows of it.
@@ -148,36 +171,44 @@ class Relay:
         """
         if self._exchange is not None:
             self._exchange.error = None
-        self._error = self._stopped = None
+        self.error = self._stopped = None
+        self._failure = None
         self._exchange = self._reply = self._event = self._task = None
 
     def interrupt(self) -> None:
         """End the reply now, with an error that the client understands."""
         self._stop(ShuttingDown())
 
-    async def run(self, upstream: Upstream, started_s: float, timeout_s: float) -> None:
-        """Say the whole reply.
+    def begin(self, ended: Callable[[], None], call_task: Callable[[], None]) -> None:
+        """Ask, and say the reply without a task, as far as that goes.
+
+        In a later turn one of them is called, once: ``ended`` when all is said, or
+        ``call_task`` when from now on ``run`` is needed.
+        """
+        self._ended, self._call_task = ended, call_task
+        self._response.outbox = self._terms.upstream.outbox
+        if self._terms.verbose:
+            self._log_request()
+        if self._asked.start_now(self._step):
+            self._set_clock()
+        else:
+            self._terms.loop.call_soon(self._wake)
+
+    def abandon(self) -> None:
+        """The client is gone, and there is no task that could be told so."""
+        self._ended = self._call_task = None
+        self._put_away()
+
+    async def run(self) -> None:
+        """Say the whole reply, or what is left of it.
 
         Raises: ProxyError: it failed before anything was said to the client.
                 ConnectionError: the client is gone.
         """
-        self._started_s = started_s
-        self._timeout_s = timeout_s
-        self._deadline_s = self._closing_s = started_s + timeout_s
-        self._task = asyncio.current_task(self._loop)
-        self._asked_s = self._quiet_s = self._loop.time()
-        self._outbox = upstream.outbox
+        self._task = asyncio.current_task(self._terms.loop)
         self._set_clock()
-        call = self._call
-        asked = upstream.open(
-            call.url,
-            call.headers,
-            call.body,
-            self._outcome.endpoint,
-            connect_s=self._timeouts.connect_s,
-        )
         try:
-            await self._converse(asked)
+            await self._converse()
         except asyncio.CancelledError:
             # Either the client is gone, or we wanted to stop waiting.
             if self._stopped is None or self._task is None or self._task.uncancel():
@@ -191,52 +222,68 @@ class Relay:
             # A bug: what was begun must still be ended as the client expects.
             if not self._response.is_begun:
                 raise
-            logger.error(BUG, self._outcome.id, self._redact.trace())
+            logger.error(BUG, self._outcome.id, self._terms.redact.trace())
             self._say_failure(
                 ProxyError(f"internal error, logged as {self._outcome.id}")
             )
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
-            asked.drop()
-            if self._unlogged:  # a last line without an end
-                self._log_data(len(self._unlogged))
+            self._put_away()
         if self._response.is_clogged:
             await self._last_drain()
 
-    async def _converse(self, asked: UpstreamCall) -> None:
-        call, outcome = self._call, self._outcome
-        if self._verbose:
-            self._log.upstream_request(outcome.id, call.url, call.headers, call.body)
-        reply = self._reply = await asked.start()
-        # The task has waited, so whatever aiohttp writes next comes in a later turn.
-        self._response.outbox = self._outbox
-        outcome.upstream_status = reply.status
-        if self._verbose:
-            self._log.upstream_reply(outcome.id, reply.status, dict(reply.pairs))
-        if not 200 <= reply.status < 300 and call.adjust:
+    def _put_away(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._asked.drop()
+        if self._unlogged:  # a last line without an end
+            self._log_data(len(self._unlogged))
+
+    async def _converse(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._reply is None:
+            if self._terms.verbose and self._call_task is None:
+                self._log_request()
+            head = await self._asked.start()
+            # The task has waited, so whatever aiohttp writes next comes in a later turn.
+            self._response.outbox = self._terms.upstream.outbox
+            self._receive(head)
+        reply, exchange = self._reply, self._exchange
+        assert reply is not None
+        if exchange is None:
+            reply.listen(None)
             raise await self._status_fault(reply)
+        if not (self._is_over or self._response.is_clogged):
+            self._step_on(reply, exchange)
+        reply.listen(self._step)
+        while not self._is_over:
+            if self._response.is_clogged:
+                await self._hold(reply)
+            else:
+                self._event = self._terms.loop.create_future()
+                await self._event
+                if self._stopped is not None:
+                    raise self._stopped
+            if not (self._is_over or self._response.is_clogged):
+                # What came while nobody listened is not announced again.
+                self._step_on(reply, exchange)
+        self._asked.finish()
+
+    def _receive(self, reply: UpstreamReply) -> None:
+        """The upstream's status is known: say what its reply becomes."""
+        call, outcome = self._call, self._outcome
+        self._reply = reply
+        outcome.upstream_status = reply.status
+        if self._terms.verbose:
+            self._terms.log.upstream_reply(outcome.id, reply.status, dict(reply.pairs))
+        if not 200 <= reply.status < 300 and call.adjust:
+            return
         self._status = 200 if call.adjust else reply.status
         self._reply_type = reply.header("content-type")
         if call.native:
             self._passed_headers = _told(reply)
         self._exchange = self._new_exchange()
         self._exchange.is_started = self._response.is_begun
-        self._step_on(reply, self._exchange)
-        if not self._is_over:
-            reply.listen(self._step)
-        while not self._is_over:
-            if self._response.is_clogged:
-                await self._hold(reply)
-            else:
-                self._event = self._loop.create_future()
-                await self._event
-                if self._stopped is not None:
-                    raise self._stopped
-            if not (self._is_over or self._response.is_clogged):
-                # What came while nobody listened is not announced again.
-                self._step_on(reply, self._exchange)
-        asked.finish()
 
     async def _hold(self, reply: UpstreamReply) -> None:
         """Let the upstream wait for a slow client: nothing is queued in between."""
@@ -245,18 +292,37 @@ class Relay:
         await self._response.drain()
         reply.resume()
         if self._answered_s:  # none of that time was the upstream's
-            self._answered_s = self._loop.time()
+            self._answered_s = self._terms.loop.time()
 
     def _step(self) -> None:
         """Called by the upstream's socket when something has come."""
-        if self._event is None or self._reply is None or self._exchange is None:
-            return  # the task goes on by itself
-        if self._event.done():
-            return
+        event = self._event
+        if self._ended is None if event is None else event.done():
+            return  # the task goes on by itself, or will once it runs
         try:
+            if self._exchange is None:
+                if (reply := self._asked.reply()) is not None:
+                    self._receive(reply)
+                elif not self._asked.is_failed:
+                    return
+                if self._exchange is None:
+                    self._wake()
+                    return
+            assert self._reply is not None
             self._step_on(self._reply, self._exchange)
         except Exception as error:
-            self._event.set_exception(error)
+            self._fail(error)
+            return
+        if self._response.is_clogged:
+            self._wake()
+        elif self._is_over:
+            if event is not None:
+                event.set_result(None)
+            elif self._ended is not None:
+                ended, self._ended, self._call_task = self._ended, None, None
+                self._asked.finish()
+                self._put_away()
+                ended()
 
     def _step_on(
         self, reply: UpstreamReply, exchange: "Exchange | PassThrough | PassedBody"
@@ -264,7 +330,7 @@ class Relay:
         """Say what has arrived."""
         out = b""
         if data := reply.take():
-            if self._verbose:
+            if self._terms.verbose:
                 self._note_data(data)
             out = exchange.receive_data(data)
         is_going_on = reply.is_going_on
@@ -273,7 +339,10 @@ class Relay:
         if exchange.progress != self._progress:
             self._note_progress(exchange.progress)
         if exchange.is_ended:
-            self._note(exchange.error)
+            if exchange.error is not None:
+                self._note(exchange.error)
+            else:
+                self._outcome.kind = "ok"
             self._end(out)
             return
         if out:
@@ -282,15 +351,17 @@ class Relay:
             raise failure
         if exchange.is_finishing and not self._is_closing:
             self._wait_a_little()
-        if self._response.is_clogged:
-            self._wake()
-        elif not is_going_on and (reply.has_more or (data and reply.failure)):
-            self._loop.call_soon(self._step)
+        if (
+            not is_going_on
+            and (reply.has_more or (data and reply.failure))
+            and not self._response.is_clogged
+        ):
+            self._terms.loop.call_soon(self._step)
 
     def _note_progress(self, progress: int) -> None:
         """The answer has begun, or gone on."""
         self._progress = progress
-        self._answered_s = self._loop.time()
+        self._answered_s = self._terms.loop.time()
         if self._outcome.first_token_s is None:
             elapsed_s = self._answered_s - self._started_s
             self._outcome.first_token_s = round(elapsed_s, 4)
@@ -298,12 +369,27 @@ class Relay:
     def _wait_a_little(self) -> None:
         """The answer is complete; its usage may follow, or never come."""
         self._is_closing = True
-        self._closing_s = min(self._deadline_s, self._loop.time() + GRACE_S)
+        self._closing_s = min(self._deadline_s, self._terms.loop.time() + GRACE_S)
         self._set_clock()
 
     def _wake(self) -> None:
-        if self._event is not None and not self._event.done():
-            self._event.set_result(None)
+        """Let the task go on; if there is none, there has to be one now."""
+        if self._event is not None:
+            if not self._event.done():
+                self._event.set_result(None)
+        elif self._task is None and self._ended is not None:
+            self._ended = None
+            if self._call_task is not None:
+                self._call_task()
+
+    def _fail(self, error: Exception) -> None:
+        """Let the task deal with an error."""
+        if self._event is not None:
+            if not self._event.done():
+                self._event.set_exception(error)
+        else:
+            self._failure = self._failure or error
+            self._wake()
 
     # -------------------------------------------------------------------------- clocks
 
@@ -311,19 +397,22 @@ class Relay:
         """Wake up when the next thing is due. What the events do to that is only noted:
         then it is looked at again.
         """
-        due_s = min(self._closing_s, self._expected_s()[0])
+        due_s = self._closing_s
         if self._completion.stream:
+            due_s = min(due_s, self._expected_s()[0])
             # The answer may begin, or the client read again, the moment after this.
-            due_s = min(due_s, self._loop.time() + self._timeouts.between_tokens_s)
-            if every_s := self._keep_alive.every_s:
+            due_s = min(
+                due_s, self._terms.loop.time() + self._terms.timeouts.between_tokens_s
+            )
+            if every_s := self._terms.keep_alive.every_s:
                 due_s = min(due_s, self._quiet_s + every_s)
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_at(due_s, self._tick)
+        self._timer = self._terms.loop.call_at(due_s, self._tick)
 
     def _expected_s(self) -> tuple[float, type[DeadlineExceeded], str]:
         """When the upstream must have done what, and how its failure is called."""
-        timeouts = self._timeouts
+        timeouts = self._terms.timeouts
         if self._completion.stream and self._answered_s:
             if not self._response.is_clogged:  # else it is the client's turn
                 due_s = self._answered_s + timeouts.between_tokens_s
@@ -341,7 +430,7 @@ class Relay:
         return self._deadline_s, DeadlineExceeded, "complete the reply"
 
     def _tick(self) -> None:
-        now_s = self._loop.time()
+        now_s = self._terms.loop.time()
         due_s, kind, what = self._expected_s()
         if now_s >= self._closing_s:  # be it that nothing but usage was missing
             self._stop(self._late(DeadlineExceeded, "complete the reply"))
@@ -354,9 +443,9 @@ class Relay:
 
     def _late(self, kind: type[DeadlineExceeded], what: str) -> DeadlineExceeded:
         limits_s = {
-            HeadersTimeout: self._timeouts.headers_s,
-            FirstTokenTimeout: self._timeouts.first_token_s,
-            TokenGapTimeout: self._timeouts.between_tokens_s,
+            HeadersTimeout: self._terms.timeouts.headers_s,
+            FirstTokenTimeout: self._terms.timeouts.first_token_s,
+            TokenGapTimeout: self._terms.timeouts.between_tokens_s,
         }
         limit_s = limits_s.get(kind) or self._timeout_s
         return kind(
@@ -368,21 +457,21 @@ class Relay:
         """Let a client that has heard nothing for a while know that we are there."""
         if self._spoken != self._spoken_before:
             self._spoken_before, self._quiet_s = self._spoken, now_s
-        if now_s < self._quiet_s + self._keep_alive.every_s:
+        if now_s < self._quiet_s + self._terms.keep_alive.every_s:
             return  # looked at for another reason
         self._quiet_s = now_s
         response, exchange = self._response, self._exchange
         if response.is_clogged or self._is_over:
             return
-        if not response.is_begun and not self._keep_alive.before_first_token:
+        if not response.is_begun and not self._terms.keep_alive.before_first_token:
             return
         if not self._completion.stream or not self._call.adjust:
             return
         if not (out := self._writer.keep_alive()):
             return
         if not response.is_begun:
-            headers = dict(self._writer.stream_headers) | self._reply_headers
-            response.begin(200, headers, out)
+            headers = dict(self._writer.stream_headers) | self._terms.reply_headers
+            response.begin(200, render(200, headers), out)
             if exchange is not None:
                 exchange.is_started = True
         else:
@@ -390,10 +479,12 @@ class Relay:
 
     def _stop(self, error: ProxyError) -> None:
         """Stop waiting, whatever for."""
-        if self._task is None or self._stopped is not None or self._is_over:
+        if self._stopped is not None or self._is_over:
             return
         self._stopped = error
-        if self._event is None:  # connecting, or waiting for a slow client
+        if self._task is None:
+            self._fail(error)
+        elif self._event is None:  # connecting, or waiting for a slow client
             self._task.cancel()
         else:
             self._wake()
@@ -403,24 +494,24 @@ class Relay:
     def _new_exchange(self) -> Exchange | PassThrough | PassedBody:
         """Translate, or pass on what is of the client's dialect and form already."""
         call = self._call
-        is_stream = media_type(self._reply_type) == EVENT_STREAM
+        is_stream = _is_event_stream(self._reply_type)
         if call.native and (is_stream == self._completion.stream or not call.adjust):
             fixer = ReplyFixer(call.native) if call.adjust else None
             if not is_stream:
                 return PassedBody(
                     call.reader,
-                    limit_bytes=self._event_bytes,
+                    limit_bytes=self._terms.event_bytes,
                     fixer=fixer,
-                    redact=self._redact,
+                    redact=self._terms.redact,
                 )
             return PassThrough(
                 call.reader,
                 self._writer,
                 dialect=call.native,
-                limit_bytes=self._event_bytes,
+                limit_bytes=self._terms.event_bytes,
                 fixer=fixer,
                 several=call.several,
-                redact=self._redact,
+                redact=self._terms.redact,
             )
         cutter = Cutter(call.stops, call.ends) if call.stops or call.ends else None
         return Exchange(
@@ -428,20 +519,26 @@ class Relay:
             self._writer,
             stream=self._completion.stream,
             content_type=self._reply_type,
-            limit_bytes=self._event_bytes,
+            limit_bytes=self._terms.event_bytes,
             cutter=cutter,
-            redact=self._redact,
+            redact=self._terms.redact,
         )
 
     def _note_data(self, data: bytes) -> None:
-        self._unlogged += data
+        self._unlogged += data  # seldom asked for, so never mind the copies
         # Lines as a whole: half of a credential would not be recognised as one.
         if end := data.rfind(b"\n") + 1:
             self._log_data(len(self._unlogged) - len(data) + end)
 
     def _log_data(self, end: int) -> None:
-        self._log.upstream_data(self._outcome.id, bytes(self._unlogged[:end]))
-        del self._unlogged[:end]
+        self._terms.log.upstream_data(self._outcome.id, self._unlogged[:end])
+        self._unlogged = self._unlogged[end:]
+
+    def _log_request(self) -> None:
+        call = self._call
+        self._terms.log.upstream_request(
+            self._outcome.id, call.url, call.headers, call.body
+        )
 
     async def _status_fault(self, reply: UpstreamReply) -> UpstreamStatus:
         headers = reply.named(_is_safe)
@@ -450,7 +547,7 @@ class Relay:
         with contextlib.suppress(UpstreamFault, TimeoutError):
             async with asyncio.timeout(ERROR_BODY_S):
                 while len(body) < ERROR_BODY_BYTES and (data := await reply.read()):
-                    if self._verbose:
+                    if self._terms.verbose:
                         self._note_data(data)
                     body += data
         # A character cut in two at the limit is left out.
@@ -458,9 +555,9 @@ class Relay:
         errors = "ignore" if len(body) > ERROR_SHOWN_BYTES else "replace"
         text = cut.decode(errors=errors).strip()
         fault = UpstreamStatus(
-            self._source, reply.status, text, headers=_printable(headers)
+            self._terms.source, reply.status, text, headers=_printable(headers)
         )
-        fault.is_clients_credential = self._clients_credential
+        fault.is_clients_credential = self._terms.clients_credential
         return fault
 
     # ------------------------------------------------------------------------- writing
@@ -470,9 +567,23 @@ class Relay:
         if self._response.is_begun:
             self._response.write(out)
         else:
-            self._response.begin(self._status, self._headers(is_stream=True), out)
+            head = self._head(self._adjusted(), is_stream=True)
+            self._response.begin(self._status, head, out)
 
-    def _headers(self, *, is_stream: bool) -> dict[str, str]:
+    def _head(self, adjusted: list[str], *, is_stream: bool) -> bytes:
+        """The beginning of the reply's head, mostly that of the one before."""
+        if self._passed_headers or adjusted:
+            return render(self._status, self._headers(adjusted, is_stream=is_stream))
+        # A kind of writer has the same headers for all replies.
+        key = (self._status, is_stream, self._reply_type, type(self._writer))
+        heads = self._terms.heads
+        if (head := heads.get(key)) is None:
+            head = render(self._status, self._headers([], is_stream=is_stream))
+            if len(heads) < _MOST_HEADS:
+                heads[key] = head
+        return head
+
+    def _headers(self, adjusted: list[str], *, is_stream: bool) -> dict[str, str]:
         headers = dict(self._writer.stream_headers) if is_stream else {}
         if isinstance(self._exchange, Exchange):
             if not is_stream:
@@ -481,8 +592,8 @@ class Relay:
             headers |= self._passed_headers
             if self._reply_type:
                 headers["Content-Type"] = self._reply_type
-        headers |= self._reply_headers
-        if adjusted := self._adjusted():
+        headers |= self._terms.reply_headers
+        if adjusted:
             headers["X-Proxy-Adjusted"] = ", ".join(adjusted)
         return headers
 
@@ -498,21 +609,22 @@ class Relay:
     def _end(self, out: bytes) -> None:
         """Write the last bytes together with the end of the body."""
         self._is_over = True
-        self._outcome.adjusted = self._adjusted()
+        adjusted = self._adjusted()
+        if adjusted:
+            self._outcome.adjusted = adjusted
         response = self._response
         if response.is_begun:
             response.end(out)
-        elif self._is_stream():
-            response.begin(self._status, self._headers(is_stream=True), b"")
+            return
+        exchange, is_stream = self._exchange, self._completion.stream
+        if exchange is not None and not isinstance(exchange, Exchange):
+            is_stream = isinstance(exchange, PassThrough)
+        head = self._head(adjusted, is_stream=is_stream)
+        if is_stream:
+            response.begin(self._status, head, b"")
             response.end(out)
         else:
-            response.whole(self._status, self._headers(is_stream=False), out)
-        self._wake()
-
-    def _is_stream(self) -> bool:
-        if isinstance(self._exchange, Exchange):
-            return self._completion.stream
-        return isinstance(self._exchange, PassThrough)
+            response.whole(self._status, head, out)
 
     def _say_failure(self, error: ProxyError) -> None:
         """Say an error after the start of the reply. Raises it if there was none."""
@@ -521,7 +633,7 @@ class Relay:
         if not is_begun and (exchange is None or exchange.is_ended):
             raise error
         if exchange is None:  # only that we are there was said
-            error.message = self._redact(error.message)
+            error.message = self._terms.redact(error.message)
             self._end(self._writer.error(error))
             return
         if exchange.is_ended:
@@ -534,9 +646,13 @@ class Relay:
             # A bug in saying it. A second reply must not follow within the first.
             if not is_begun:
                 raise
-            logger.error(BUG, self._outcome.id, self._redact.trace())
+            logger.error(BUG, self._outcome.id, self._terms.redact.trace())
             self._abort()
-        self._note(exchange.error)
+        if exchange.error is not None:
+            self._note(exchange.error)
+        else:  # it came after the end of the answer
+            self.error = None
+            self._outcome.kind, self._outcome.error = "ok", ""
         if self._call.native and not self._call.adjust and exchange.error is not None:
             # Bytes as they are: then a broken stream can only be broken here, too.
             self._abort()
@@ -544,7 +660,7 @@ class Relay:
 
     async def _last_drain(self) -> None:
         """The client has its last bytes to read; one that does not is not waited for."""
-        now_s = self._loop.time()
+        now_s = self._terms.loop.time()
         is_whole = self._outcome.kind == "ok"
         end_s = max(now_s + LAST_WRITE_S, is_whole and self._deadline_s)
         try:
@@ -557,15 +673,21 @@ class Relay:
         self._response.abort()
         raise ConnectionResetError("aborted")
 
-    def _note(self, error: ProxyError | None) -> None:
-        self._error = error
-        self._outcome.kind = error.kind if error is not None else "ok"
-        self._outcome.error = error.log_text if error is not None else ""
+    def _note(self, error: ProxyError) -> None:
+        self.error = error
+        self._outcome.kind = error.kind
+        self._outcome.error = error.log_text
 
 
 def _told(reply: UpstreamReply) -> dict[str, str]:
     """What a reply that passes through keeps of its headers: what it says of itself."""
-    return _printable(reply.named(_is_told))
+    told = reply.named(_is_told)
+    return _printable(told) if told else told
+
+
+@lru_cache(maxsize=256)
+def _is_event_stream(content_type: str) -> bool:
+    return media_type(content_type) == EVENT_STREAM
 
 
 @lru_cache(maxsize=1024)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
+from typing import Protocol
 
 from aiohttp import web
 
@@ -20,11 +21,21 @@ from proxy.outbox import Outbox
 
 SERVER = f"completions-proxy/{__version__}"
 _EMPTY = frozenset((204, 304))
+_KEEP_ALIVE = b"Connection: keep-alive\r\n"
 
 
 def own_headers(exchange_id: str) -> dict[str, str]:
     """What every reply of an exchange carries."""
     return {"Server": SERVER, "X-Request-Id": exchange_id}
+
+
+class Client(Protocol):
+    """The connection to a client. ``transport`` is None once it is gone."""
+
+    transport: asyncio.Transport | None
+
+    async def drain(self) -> None:
+        """Wait until the client has read most of what was written."""
 
 
 class Response:
@@ -33,49 +44,61 @@ class Response:
     For aiohttp's server it is a response that was sent already: ``status``,
     ``keep_alive``, ``prepare`` and ``write_eof`` are all that it asks of one.
 
+    Args:   is_http11: else its end, if its length is not known, is that of the
+                connection.
+            is_head: its body is not shown.
     Raises: ConnectionResetError: the client is gone.
     """
 
-    def __init__(self, request: web.BaseRequest, id: str = "") -> None:
-        self.status = 0
-        self.keep_alive = request.keep_alive
-        self.is_begun = False
-        self._request = request
+    status = 0
+    is_begun = False
+    more = b""  # header lines
+    # Where writes may wait for the end of the turn; None while aiohttp might write to
+    # the same socket within it.
+    outbox: Outbox | None = None
+    _is_chunked = False
+    _transport: asyncio.Transport | None = None
+
+    def __init__(
+        self,
+        client: Client,
+        id: str = "",
+        *,
+        keep_alive: bool = True,
+        is_http11: bool = True,
+        is_head: bool = False,
+    ) -> None:
+        self.keep_alive = keep_alive
+        self._client = client
         self._id = id
-        self._is_chunked = False
-        self._transport: asyncio.Transport | None = None
-        self.more = b""  # header lines
-        # Where writes may wait for the end of the turn; None while aiohttp might write
-        # to the same socket within it.
-        self.outbox: Outbox | None = None
+        self._is_http11 = is_http11
+        self._is_head = is_head
 
     # ------------------------------------------------------------------------- writing
 
-    def whole(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        """Say all of it in one write."""
+    def whole(self, status: int, head: bytes, body: bytes) -> None:
+        """Say all of it in one write. Args: head: what ``render`` made of it."""
+        head = self._whole_head(status, head)
         if status in _EMPTY:
-            head = self._head(status, headers)
-        else:
-            head = b"%bContent-Length: %d\r\n" % (
-                self._head(status, headers),
-                len(body),
-            )
-        is_shown = self._request.method != "HEAD"
-        self._send(b"%b\r\n%b" % (head, body if is_shown else b""))
+            self._send(head + b"\r\n")
+            return
+        shown = b"" if self._is_head else body
+        self._send(b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body), shown))
 
     def reply(self, reply: Reply) -> None:
         headers = {**reply.headers, "Content-Type": reply.content_type}
-        self.whole(reply.status, headers, reply.body)
+        self.whole(reply.status, render(reply.status, headers), reply.body)
 
-    def begin(self, status: int, headers: Mapping[str, str], out: bytes) -> None:
+    def begin(self, status: int, head: bytes, out: bytes) -> None:
         """Begin a reply whose length is not known, with the first of it."""
-        self._is_chunked = self._request.version == (1, 1)
-        if not self._is_chunked:  # then only the end of the connection ends it
+        if self._is_http11:
+            self._is_chunked = True
+            coding = b"Transfer-Encoding: chunked\r\n"
+        else:  # then only the end of the connection ends it
             self.keep_alive = False
-        head = self._head(status, headers)
-        if self._is_chunked:
-            head += b"Transfer-Encoding: chunked\r\n"
-        self._send(b"%b\r\n%b" % (head, self._framed(out)))
+            coding = b""
+        head = self._whole_head(status, head)
+        self._send(b"%b%b\r\n%b" % (head, coding, self._framed(out)))
 
     def write(self, out: bytes) -> None:
         self._send(self._framed(out))
@@ -94,7 +117,7 @@ class Response:
         return b"%x\r\n%b\r\n" % (len(out), out)
 
     def _send(self, data: bytes) -> None:
-        transport = self._request.transport
+        transport = self._client.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client is gone")
         self.is_begun = True
@@ -106,18 +129,16 @@ class Response:
         if not self.keep_alive:  # then aiohttp is about to close it
             self.outbox.flush(transport)
 
-    def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
+    def _whole_head(self, status: int, head: bytes) -> bytes:
+        """Add the headers that are not the same in all replies of a kind."""
         self.status = status
-        if not self.keep_alive:
-            headers = {**headers, "Connection": "close"}
-        head = _rendered(status, *headers.items()) + _date(int(time.time())) + self.more
-        if self._id:
-            head += b"X-Request-Id: %b\r\n" % self._id.encode()
-        if not self.keep_alive:
+        id = b"X-Request-Id: %b\r\n" % self._id.encode() if self._id else b""
+        head = b"%b%b%b%b" % (head, _date(int(time.time())), self.more, id)
+        if not self.keep_alive:  # whatever a dialect says
+            return head.replace(_KEEP_ALIVE, b"") + b"Connection: close\r\n"
+        if self._is_http11 or _KEEP_ALIVE in head:
             return head
-        if self._request.version != (1, 1):
-            head += b"Connection: keep-alive\r\n"
-        return head
+        return head + _KEEP_ALIVE
 
     # ------------------------------------------------------------------ flow and failure
 
@@ -132,13 +153,13 @@ class Response:
         """Wait until it has read most of it."""
         # Of a connection there is one future for that, and once it was cancelled (by a
         # deadline, say) whoever waits for the last bytes would be cancelled by it, too.
-        await asyncio.shield(self._request.writer.drain())
+        await asyncio.shield(self._client.drain())
 
     def abort(self) -> None:
         """Break the connection off: what was begun cannot be ended in another way."""
         self.keep_alive = False
-        if self._request.transport is not None:
-            self._request.transport.abort()
+        if self._client.transport is not None:
+            self._client.transport.abort()
 
     # ------------------------------------------------------------------- aiohttp's side
 
@@ -151,6 +172,11 @@ class Response:
 
 # Where asyncio's transports begin to ask for a pause.
 _HIGH_BYTES = 64 * 1024
+
+
+def render(status: int, headers: Mapping[str, str]) -> bytes:
+    """Return the status line and headers. Raises: ValueError: one holds a line end."""
+    return _rendered(status, *headers.items())
 
 
 @lru_cache(maxsize=256)

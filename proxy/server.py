@@ -11,17 +11,26 @@ import random
 import re
 import time
 import unicodedata
-from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import TypeAlias, cast
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterator,
+    Mapping,
+)
+from typing import Protocol, TypeAlias, cast
 from urllib.parse import unquote
 
 import aiohttp
 import msgspec
 from aiohttp import web
+from aiohttp.http import RawRequestMessage
 from msgspec import json, structs
+from yarl import URL
 
-from proxy import __version__, pages, routes
-from proxy.admission import Admission, admission
+from proxy import __version__, heads, pages, routes
+from proxy.admission import Admission, Permit, admission
 from proxy.auth import NOT_GIVEN, Access, credential
 from proxy.body import too_large, too_slow, undecodable
 from proxy.completion import CompletionRequest, Feature
@@ -60,17 +69,25 @@ from proxy.errors import (
 from proxy.forward import forward
 from proxy.instance import Instance, Page, Visit
 from proxy.interrupt import Interruptible, Work
-from proxy.knobs import knobs_of
+from proxy.knobs import Knobs, knobs_of
 from proxy.log import ExchangeLog
 from proxy.metrics import Board, Metrics
 from proxy.modelconfig.resolved import Endpoint, Model, Provider as ProviderSettings
 from proxy.outcome import Outcome
 from proxy.pool import Member, Pool
 from proxy.providers import PROVIDERS
-from proxy.providers.base import Asked, Call, Native, join_url, pass_on, token_query
+from proxy.providers.base import (
+    Asked,
+    Call,
+    Native,
+    Provider,
+    join_url,
+    pass_on,
+    token_query,
+)
 from proxy.redact import BUG, Redactor
-from proxy.relay import Relay
-from proxy.response import Response, own_headers
+from proxy.relay import Relay, Terms
+from proxy.response import Client as ClientConnection, Response, own_headers
 from proxy.upstream import Upstream
 from proxy.usage import UsageCounter
 
@@ -145,17 +162,11 @@ class Proxy:
         self.metrics = Metrics(routes.dialects(self._incoming), usage)
         self._tell(self.metrics)
         self._targets: dict[str, _Target] = {}
-        # Path, streamed or not, model, endpoint: as many as the configuration has.
-        self.natives: dict[tuple[str, bool, str, int], Native | None] = {}
+        self.known: dict[bytes, _Known] = {}  # by heads
+        self.courses: dict[_Wish, _Course] = {}
         self.origins = Origins(settings.origins) if settings.origins else None
         self.knobs = knobs_of(settings.models)
         self.instance = Instance(settings, self.access, self._usage_page)
-
-    def response(self, request: web.BaseRequest, id: str = "") -> Response:
-        response = Response(request, id)
-        if self.origins is not None:
-            response.more = self.origins.lines(request.headers)
-        return response
 
     def take_over(self, old: "Proxy") -> None:
         """Go on with what another one counted that this one replaces."""
@@ -199,8 +210,9 @@ class Proxy:
 
     def started(self, relay: Interruptible) -> None:
         """Count a relay, or what is like it, among the running ones."""
+        if not self.relays:
+            self.is_idle.clear()
         self.relays.add(relay)
-        self.is_idle.clear()
 
     def finished(self, relay: Interruptible) -> None:
         self.relays.discard(relay)
@@ -218,28 +230,60 @@ class Proxy:
         finally:
             self.finished(work)
 
+    def meet(self, head: bytes, message: RawRequestMessage) -> "_Known | None":
+        """Look at a head for the first time: return what a visit has to know of it.
+
+        None if there cannot be one: something is unusual about it, or wrong.
+        """
+        raw_path = message.path
+        if self.is_stopping or not heads.is_repeatable(
+            head, raw_path, message.raw_headers
+        ):
+            return None
+        target = self._targets.get(raw_path) or self._target(raw_path, message.url)
+        if not target.is_exchange or target.path == routes.INVOCATIONS:
+            return None
+        headers = message.headers
+        asked = Head(message.method, target.path, target.query, headers)
+        try:
+            user, refusal = self.vouch(asked, target.incoming)
+            target.incoming.check(asked)
+        except Exception:  # the usual way will come to it, too, and say so
+            return None
+        if refusal is not None:
+            return None
+        more = b"" if self.origins is None else self.origins.lines(headers)
+        if len(self.known) >= heads.MOST:
+            self.known.clear()
+        known = self.known[head] = _Known(target, asked, user, more, _limit_s(asked))
+        return known
+
+    def visit(self, client: "Client", known: "_Known", body: bytes) -> "_Visit | None":
+        """Answer a request that is whole, and the rest of which is known."""
+        if self.is_stopping:  # it has to be said that the connection closes
+            return None
+        visit = _Visit(self, client, known)
+        return visit if visit.begin(body) else None
+
     async def handle(self, request: web.BaseRequest) -> AnyResponse:
         """Answer one request, whatever happens, and write its log line."""
-        target = self._targets.get(request.raw_path) or self._target(request)
+        client = cast(Client, request.protocol)
+        raw_path = request.raw_path
+        target = self._targets.get(raw_path) or self._target(raw_path, request.rel_url)
         reply = target.reply
         if reply is _HEALTHY and self.is_stopping:
             reply = _STOPPING
         if self.origins is not None and reply is None:
             reply = self.origins.preflight(request.method, request.headers)
         if reply is not None:
-            response = self.response(request)
+            response = self.response(client, request)
             response.reply(reply)
             return response
-        outcome = Outcome(
-            id=f"{random.getrandbits(64):016x}",
-            route=target.path,
-            api_version=target.api_version,
-            client=target.client,
-        )
         is_exchange = target.is_exchange and (
             target.path != "/" or request.method == "POST"
         )
-        handling = (_Handling if is_exchange else _Page)(self, request, target, outcome)
+        handling = (_Request if is_exchange else _Page)(self, client, request, target)
+        outcome = handling.outcome
         try:
             answered = await handling.run()
             outcome.status = answered.status
@@ -250,19 +294,64 @@ class Proxy:
         except ConnectionError:
             if outcome.kind in ("", "ok"):
                 outcome.kind = "client_gone"
-            return Response(request)  # reaches nobody
+            return Response(client, keep_alive=False)  # reaches nobody
         finally:
-            outcome.duration_s = handling.elapsed_s()
-            outcome.kind = outcome.kind or "ok"
-            self.metrics.usage.count(outcome, time.time())
-            if handling.is_logged or outcome.kind != "ok":
-                self.log.outcome(outcome)
-            self.metrics.count(outcome)
+            self.ended(handling)
 
-    def _target(self, request: web.BaseRequest) -> "_Target":
+    def response(
+        self, client: "Client", request: web.BaseRequest, id: str = ""
+    ) -> Response:
+        response = Response(
+            client,
+            id,
+            keep_alive=request.keep_alive,
+            is_http11=request.version == (1, 1),
+            is_head=request.method == "HEAD",
+        )
+        if self.origins is not None:
+            response.more = self.origins.lines(request.headers)
+        return response
+
+    def ended(self, handling: "_Handling") -> None:
+        """Write down how a request was answered."""
+        outcome = handling.outcome
+        outcome.duration_s = round(self.loop.time() - handling.started_s, 4)
+        outcome.kind = outcome.kind or "ok"
+        self.metrics.usage.count(outcome, time.time())
+        if handling.is_logged or outcome.kind != "ok":
+            self.log.outcome(outcome)
+        self.metrics.count(outcome)
+
+    def vouch(self, head: Head, incoming: Incoming) -> tuple[str, Unauthorized | None]:
+        """Return the name of the token that is given, and why it is none.
+
+        Raises: Unauthorized: the latter, unless there is a provider that takes the
+                client's own credential and may still admit it.
+                ForeignOrigin
+        """
+        settings = self.settings
+        origin = head.headers.get("Origin") if settings.open else None
+        if origin is not None and is_foreign(origin, settings.origins):
+            raise ForeignOrigin(
+                "web pages of other machines may not ask without a token; allow one by "
+                "its origin under origins in the proxy's configuration"
+            )
+        try:
+            token = self.access.check(_authorization(head, settings.auth_header))
+        except Unauthorized as refusal:
+            if incoming.dialect != "cody" and refusal.message == NOT_GIVEN:
+                refusal.message = (
+                    "no token given: send the header Authorization: Bearer …"
+                )
+            if not self.takes_clients_credentials:
+                raise
+            return "", refusal
+        return token.name if token is not None else "", None
+
+    def _target(self, raw_path: str, url: URL) -> "_Target":
         """Say what a request's first line asks for; clients ask for few things."""
-        path = _DUPLICATE_SLASHES.sub("/", request.path)
-        query = request.query
+        path = _DUPLICATE_SLASHES.sub("/", url.path)
+        query = url.query
         client = f"{query.get('client-name', '')}/{query.get('client-version', '')}"
         reply = None
         if not path.startswith("/"):  # "*", or a whole URL without a path
@@ -278,10 +367,10 @@ class Proxy:
             client.strip("/")[:64],
             reply,
         )
-        if len(request.raw_path) <= _MAX_KEPT_CHARS:
+        if len(raw_path) <= _MAX_KEPT_CHARS:
             if len(self._targets) >= _MAX_TARGETS:
                 self._targets.clear()
-            self._targets[request.raw_path] = target
+            self._targets[raw_path] = target
         return target
 
 
@@ -297,55 +386,115 @@ class _Target(msgspec.Struct, frozen=True):
     reply: Reply | None
 
 
+class _Known(msgspec.Struct, frozen=True):
+    """What a head comes to that was checked. ``more`` are header lines of the reply,
+    ``limit_s`` how long the client says that it may take.
+    """
+
+    target: _Target
+    head: Head
+    user: str
+    more: bytes
+    limit_s: float | None
+
+
+class Client(ClientConnection, Protocol):
+    """The connection that a request came on."""
+
+    @property
+    def remote(self) -> str: ...
+
+    def visited(self, *, keep_alive: bool) -> None:
+        """A visit is over."""
+
+
+# Path, feature, name of the model ("" for the default one), fast or not, streamed or not.
+_Wish: TypeAlias = tuple[str, Feature, str, bool, bool]
+
+
+class _Course(msgspec.Struct):
+    """Who answers a wish; found once for all requests with the same one.
+
+    ``natives`` says by the endpoint's identity how the client's bytes are handed on.
+    """
+
+    model: Model
+    ref: str
+    settings: ProviderSettings
+    provider: Provider
+    pool: Pool
+    knobs: Knobs | None
+    terms: Terms
+    timeout_s: float
+    profile: str
+    is_native: bool = False
+    natives: dict[int, Native | None] = {}
+
+
+class _Begun(msgspec.Struct):
+    """How far a request was answered without a task. ``asked`` is with its knobs."""
+
+    permit: Permit | None = None
+    asked: "_Asked | None" = None
+    attempt: "_Attempt | None" = None
+
+
+class _Attempt(msgspec.Struct):
+    """One endpoint that is being asked."""
+
+    member: Member
+    call: Call
+    relay: Relay
+    pool: Pool
+
+
 class _Handling:
-    """One request on its way; lives for as long as it is answered."""
+    """One request on its way; lives for as long as it is answered.
+
+    Args: limit_s: how long the client says that it may take, None if it does not say.
+    """
 
     is_logged = True
+    _refusal: Unauthorized | None = None
+    _say_error: Callable[[ProxyError], Reply]
 
     def __init__(
         self,
         proxy: Proxy,
-        request: web.BaseRequest,
+        client: Client,
         target: _Target,
+        head: Head,
+        limit_s: float | None,
+        response: Response,
         outcome: Outcome,
     ) -> None:
         self._proxy = proxy
-        self._request = request
+        self._client = client
         self._path = target.path
         self._incoming = target.incoming
-        self._outcome = outcome
-        self._response = proxy.response(request, outcome.id)
-        self._head = Head(request.method, target.path, target.query, request.headers)
-        self._loop = proxy.loop
-        self._started_s = proxy.loop.time()
-        self._refusal: Unauthorized | None = None
+        self._head = head
+        self._limit_s = limit_s
+        self.response = response
+        self.outcome = outcome
+        self.started_s = proxy.loop.time()
 
-    def elapsed_s(self) -> float:
-        return round(self._loop.time() - self._started_s, 4)
+    async def _carry_out(self, answer: Coroutine[object, object, None]) -> None:
+        """Say an answer, or why there is none.
 
-    async def run(self) -> AnyResponse:
-        """Raises: ConnectionError: the client is gone."""
-        say = self._incoming.error_reply
+        Raises: ConnectionError: the client is gone.
+        """
         try:
-            self._check(self._head)
-            body = await self._read_body()
-            if self._path == routes.INVOCATIONS:
-                self._incoming = routes.narrow(self._incoming, body)
-                say = self._incoming.error_reply
-            asked = self._parse(body)
-            say = asked.writer.error_reply
-            await self._complete(asked)
+            await answer
         except ProxyError as error:
-            self._response.reply(say(self._noted(error)))
+            self.response.reply(self._say_error(self._noted(error)))
         except ConnectionError:
             raise
         except Exception:
             bug = self._noted(self._bug())
-            if self._response.is_begun:
-                self._response.abort()
+            if self.response.is_begun:
+                self.response.abort()
                 raise ConnectionResetError("aborted") from None
-            self._response.reply(say(bug))
-        return self._response
+            self.response.reply(self._say_error(bug))
 
     def _check(self, head: Head) -> None:
         """Refuse what needs no look at the body, in the order clients know."""
@@ -357,35 +506,14 @@ class _Handling:
         self._incoming.check(head)
 
     def _check_token(self, head: Head) -> None:
-        settings = self._proxy.settings
-        origin = head.headers.get("Origin") if settings.open else None
-        if origin is not None and is_foreign(origin, settings.origins):
-            raise ForeignOrigin(
-                "web pages of other machines may not ask without a token; allow one by "
-                "its origin under origins in the proxy's configuration"
-            )
-        try:
-            header = self._proxy.settings.auth_header
-            token = self._proxy.access.check(_authorization(head, header))
-        except Unauthorized as refusal:
-            if self._incoming.dialect != "cody" and refusal.message == NOT_GIVEN:
-                refusal.message = (
-                    "no token given: send the header Authorization: Bearer …"
-                )
-            # A provider that takes the client's own credential may still admit it.
-            if not self._proxy.takes_clients_credentials:
-                raise
-            self._refusal = refusal
-            return
-        if token is not None:
-            self._outcome.user = token.name
+        vouched = self._proxy.vouch(head, self._incoming)
+        self.outcome.user, self._refusal = vouched
 
     def _admit(self, settings: ProviderSettings) -> str:
         """Return the client's own credential where the provider asks for that, or "".
 
         Raises: Unauthorized: nobody vouches for the client.
         """
-        self._outcome.provider = settings.id
         if not settings.client_credentials:
             if self._refusal is not None:
                 raise self._refusal
@@ -395,160 +523,146 @@ class _Handling:
             raise Unauthorized("this model is asked with your own API key: send one")
         return token
 
-    async def _read_body(self) -> bytes:
-        request = self._request
-        limit = self._proxy.settings.limits.body_bytes
-        if (request.content_length or 0) > limit:
-            raise too_large(limit)
-        self._continue()
-        try:
-            if request.content.is_eof():  # all of it came with the head
-                body = request.content.read_nowait()
-                if len(body) > limit:
-                    raise too_large(limit)
-                return body
-            timeouts = self._proxy.settings.timeouts
-            limit_s = min(self._timeout_s(timeouts.chat_s), timeouts.body_s)
-            with self._proxy.interruptible():
-                async with asyncio.timeout_at(self._started_s + limit_s):
-                    return await request.read()
-        except TimeoutError:
-            raise too_slow() from None
-        except web.HTTPRequestEntityTooLarge:
-            raise too_large(limit) from None
-        except (web.RequestPayloadError, aiohttp.ClientPayloadError) as error:
-            raise undecodable() from error
-
-    def _continue(self) -> None:
-        # web.Application would do this; the low-level server leaves it to us. curl
-        # waits a second for it before it sends a longer body.
-        expect = self._request.headers.get("Expect")
-        transport = self._request.transport
-        if (
-            expect is not None
-            and expect.lower() == "100-continue"
-            and transport is not None
-        ):
-            transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    async def _complete(self, asked: "_Asked") -> None:
+    async def _complete(self, asked: "_Asked", begun: _Begun | None = None) -> None:
         """Ask one endpoint after the other, as long as nothing was said to the client.
 
+        Args:   begun: what was done of that already.
         Raises: ProxyError: nothing was said, and nobody is left to ask.
         """
         while True:
             try:
-                await self._ask(asked)
+                await self._ask(asked, begun)
                 return
             except UpstreamFault as fault:
-                fallback = asked.model.fallback
-                if not fault.retryable or not fallback or asked.is_fallback:
+                model = asked.course.model
+                if not fault.retryable or not model.fallback or asked.is_fallback:
                     raise
-                self._outcome.tried.append(f"{asked.model.ref} {fault.kind}")
-                asked = self._with_model(asked, fallback)
+                self.outcome.tried.append(f"{model.ref} {fault.kind}")
+                asked, begun = self._with_model(asked, model.fallback), None
 
-    async def _ask(self, asked: "_Asked") -> None:
-        timeouts, feature = asked.settings.timeouts, asked.completion.feature
-        default_s = timeouts.chat_s if feature == "chat" else timeouts.code_s
-        timeout_s = self._timeout_s(default_s)
+    async def _ask(self, asked: "_Asked", begun: _Begun | None) -> None:
         if (door := self._proxy.admission) is None:
-            await self._ask_pool(asked, timeout_s)
+            await self._ask_pool(asked, begun)
             return
-        async with self._place(door, feature, asked.settings.id, timeout_s):
-            await self._ask_pool(asked, timeout_s)
+        permit = begun.permit if begun is not None else None
+        feature, provider = asked.completion.feature, asked.course.settings.id
+        async with self._place(door, feature, provider, asked.timeout_s, permit):
+            await self._ask_pool(asked, begun)
 
-    async def _ask_pool(self, asked: "_Asked", timeout_s: float) -> None:
-        pool, loop = self._proxy.pools[asked.settings.id], self._loop
-        outcome = self._outcome
-        if self._incoming.dialect == "cody":
-            # A copy: another model may yet be asked, and has other knobs.
-            asked = structs.replace(asked, completion=structs.replace(asked.completion))
-            knobs = self._proxy.knobs[outcome.model]
-            knobs.apply(asked.completion, len(asked.body))
-            timeout_s = knobs.timeout_s(asked.completion, timeout_s)
+    async def _ask_pool(self, asked: "_Asked", begun: _Begun | None) -> None:
+        pool, loop = asked.course.pool, self._proxy.loop
         tried: list[Member] = []
-        member = pool.pick(loop.time(), self)
-        while member is not None:
-            outcome.endpoint, outcome.upstream_status = member.name, 0
+        attempt = None
+        if begun is not None and begun.asked is not None:
+            asked, attempt = begun.asked, begun.attempt
+        else:
+            asked = self._adjusted(asked)
+        attempt = attempt or self._attempt(asked, tried)
+        while attempt is not None:
             try:
-                call = self._call(asked, member.endpoint)
-            except Exception:  # it cannot be said there: nothing was asked
-                pool.finished(member, None, loop.time(), self, is_complete=False)
-                raise
-            relay = self._relay(asked, call)
-            try:
-                upstream = self._proxy.upstreams[asked.settings.id]
-                await relay.run(upstream, self._started_s, timeout_s)
+                await attempt.relay.run()
                 return
             except UpstreamFault as fault:
-                tried.append(member)
-                is_in_time = loop.time() < self._started_s + timeout_s
+                tried.append(attempt.member)
+                is_in_time = loop.time() < self.started_s + asked.timeout_s
                 if not (fault.retryable and is_in_time and len(tried) < len(pool)):
                     raise
                 if not pool.may_retry():
                     raise
-                outcome.tried.append(f"{member.name} {fault.kind}")
+                self.outcome.tried.append(f"{attempt.member.name} {fault.kind}")
             finally:
-                self._proxy.finished(relay)
-                pool.finished(
-                    member,
-                    relay.error,
-                    loop.time(),
-                    self,
-                    is_complete=relay.is_complete,
-                )
-                relay.forget()
-                if (usage := call.reader.usage) is not None:
-                    outcome.prompt_tokens = usage.prompt_tokens
-                    outcome.completion_tokens = usage.completion_tokens
-            member = pool.pick(loop.time(), self, tried)
+                self._settle(attempt)
+            attempt = self._attempt(asked, tried)
 
-    def _relay(self, asked: "_Asked", call: Call) -> Relay:
-        proxy, settings = self._proxy, asked.settings
+    def _adjusted(self, asked: "_Asked") -> "_Asked":
+        """Turn the knobs of the model, for Cody's clients; there are none for others."""
+        if (knobs := asked.course.knobs) is None:
+            return asked
+        # A copy: another model may yet be asked, and has other knobs.
+        asked = structs.replace(asked, completion=structs.replace(asked.completion))
+        knobs.apply(asked.completion, len(asked.body))
+        asked.timeout_s = knobs.timeout_s(asked.completion, asked.timeout_s)
+        return asked
+
+    def _attempt(self, asked: "_Asked", tried: Collection[Member]) -> _Attempt | None:
+        """Choose the next endpoint to ask; None if there is none."""
+        proxy, course, outcome = self._proxy, asked.course, self.outcome
+        pool, now_s = course.pool, proxy.loop.time()
+        member = pool.pick(now_s, self, tried)
+        if member is None:
+            return None
+        outcome.endpoint, outcome.upstream_status = member.name, 0
+        try:
+            call = self._call(asked, member.endpoint)
+        except Exception:  # it cannot be said there: nothing was asked
+            pool.finished(member, None, now_s, self, is_complete=False)
+            raise
         relay = Relay(
-            self._response,
+            course.terms,
+            self.response,
             asked.completion,
             asked.writer,
             call,
-            self._outcome,
-            source=proxy.providers[settings.id].source,
-            event_bytes=proxy.settings.limits.event_bytes,
-            redact=proxy.redact,
-            log=proxy.log,
-            verbose=settings.verbose_logs,
-            timeouts=settings.timeouts,
-            keep_alive=proxy.settings.keep_alive,
-            reply_headers=routes.reply_headers(self._path, asked.model),
-            clients_credential=settings.client_credentials,
-            loop=proxy.loop,
+            outcome,
+            self.started_s,
+            asked.timeout_s,
         )
         proxy.started(relay)
-        return relay
+        return _Attempt(member, call, relay, pool)
+
+    def _settle(self, attempt: _Attempt) -> None:
+        """An endpoint has been asked, however that ended."""
+        proxy, relay = self._proxy, attempt.relay
+        proxy.finished(relay)
+        attempt.pool.finished(
+            attempt.member,
+            relay.error,
+            proxy.loop.time(),
+            self,
+            is_complete=relay.is_complete,
+        )
+        relay.forget()
+        if (usage := attempt.call.reader.usage) is not None:
+            self.outcome.prompt_tokens = usage.prompt_tokens
+            self.outcome.completion_tokens = usage.completion_tokens
 
     @contextlib.asynccontextmanager
     async def _place(
-        self, door: Admission, feature: Feature, provider: str, timeout_s: float
+        self,
+        door: Admission,
+        feature: Feature,
+        provider: str,
+        timeout_s: float,
+        permit: Permit | None = None,
     ) -> AsyncIterator[None]:
-        """Have a place in flight. Raises: LimitReached: the request is not let in."""
-        outcome = self._outcome
+        """Have a place in flight, or keep the one that was given.
+
+        Raises: LimitReached: the request is not let in.
+        """
+        outcome = self.outcome
         self._proxy.started(self)  # so that it is told if the proxy ends meanwhile
         try:
-            permit = await door.enter(
-                outcome.user,
-                self._request.remote or "",
-                feature,
-                provider,
-                self._started_s + timeout_s,
-                is_counted=bool(outcome.tried),
-            )
+            if permit is None:
+                permit = await door.enter(
+                    outcome.user,
+                    self._client.remote,
+                    feature,
+                    provider,
+                    self.started_s + timeout_s,
+                    is_counted=bool(outcome.tried),
+                )
             outcome.waited_s = permit.waited_s
             try:
                 yield
             finally:
-                tokens = (outcome.prompt_tokens or 0) + (outcome.completion_tokens or 0)
-                door.leave(permit, tokens)
+                self._leave(door, permit)
         finally:
             self._proxy.finished(self)
+
+    def _leave(self, door: Admission, permit: Permit) -> None:
+        outcome = self.outcome
+        tokens = (outcome.prompt_tokens or 0) + (outcome.completion_tokens or 0)
+        door.leave(permit, tokens)
 
     def interrupt(self) -> None:
         """End the wait for a place."""
@@ -557,26 +671,27 @@ class _Handling:
 
     def _call(self, asked: "_Asked", endpoint: Endpoint) -> Call:
         """Hand the client's bytes on where the upstream speaks its dialect."""
-        settings = asked.settings
+        course = asked.course
         if asked.credential:
             endpoint = structs.replace(
                 endpoint, access_token=asked.credential, headers={}
             )
         native = None
         if asked.is_native:
-            native = self._native(asked.completion, asked.model, settings, endpoint)
+            native = course.natives.get(id(endpoint)) or self._native(
+                asked.completion, course, endpoint
+            )
         if native is None or asked.chosen is None:
-            provider = self._proxy.providers[settings.id]
-            return provider.call(asked.completion, asked.model, endpoint)
+            return course.provider.call(asked.completion, course.model, endpoint)
         asked.completion.dropped = []
         return pass_on(
             native,
             self._incoming.dialect,
             asked.chosen,
-            asked.model,
+            course.model,
             asked.body,
-            profile=settings.server_profile,
-            adjust=settings.adjust,
+            profile=course.profile,
+            adjust=course.settings.adjust,
         )
 
     def _parse(self, body: bytes) -> "_Asked":
@@ -612,32 +727,73 @@ class _Handling:
     ) -> "_Asked":
         """Say who is to answer.
 
-        Args:   ref: of the model to ask instead of the one that is asked for.
+        Args:   chosen: None if it is of no dialect that passes.
+                ref: of the model to ask instead of the one that is asked for.
         Raises: UnknownModel: nobody.
         """
-        outcome, models = self._outcome, self._proxy.models
-        outcome.feature, outcome.stream = completion.feature, completion.stream
+        outcome, courses = self.outcome, self._proxy.courses
+        feature, stream = completion.feature, completion.stream
+        outcome.feature, outcome.stream = feature, stream
         completion.user = outcome.user
         name, fast = (ref, False) if ref else (completion.model, completion.fast)
-        model = models.choose(completion.feature, name, fast)
-        outcome.model = model.ref
-        settings = models.providers[model.provider_id]
-        given = self._admit(settings)
-        is_native = False
-        if chosen is not None:  # else it is of no dialect that passes
-            first = settings.endpoints[0]
-            is_native = self._native(completion, model, settings, first) is not None
+        wish = (self._path, feature, name, fast, stream)
+        if (course := courses.get(wish)) is None:
+            course = self._find(wish, completion)
+            if len(courses) >= _MAX_TARGETS:  # where any name will do, there is no end
+                courses.clear()
+            courses[wish] = course
+        outcome.model = course.ref
+        outcome.provider = course.settings.id
+        given = ""
+        if self._refusal is not None or course.settings.client_credentials:
+            given = self._admit(course.settings)
         return _Asked(
             completion,
             writer,
             body,
             chosen,
-            model,
-            settings,
-            is_native,
+            course,
+            course.is_native and chosen is not None,
             given,
             bool(ref),
+            self._limit_s or course.timeout_s,
         )
+
+    def _find(self, wish: _Wish, completion: CompletionRequest) -> _Course:
+        """Raises: UnknownModel"""
+        proxy, incoming = self._proxy, self._incoming
+        path, feature, name, fast, _ = wish
+        model = proxy.models.choose(feature, name, fast)
+        settings = proxy.models.providers[model.provider_id]
+        provider, timeouts = proxy.providers[settings.id], settings.timeouts
+        terms = Terms(
+            upstream=proxy.upstreams[settings.id],
+            loop=proxy.loop,
+            log=proxy.log,
+            redact=proxy.redact,
+            source=provider.source,
+            event_bytes=proxy.settings.limits.event_bytes,
+            verbose=settings.verbose_logs,
+            timeouts=timeouts,
+            keep_alive=proxy.settings.keep_alive,
+            reply_headers=routes.reply_headers(path, model),
+            clients_credential=settings.client_credentials,
+        )
+        course = _Course(
+            model,
+            model.ref,
+            settings,
+            provider,
+            proxy.pools[settings.id],
+            proxy.knobs[model.ref] if incoming.dialect == "cody" else None,
+            terms,
+            timeouts.chat_s if feature == "chat" else timeouts.code_s,
+            settings.server_profile,
+        )
+        if incoming.dialect in ADJUSTED:
+            native = self._native(completion, course, settings.endpoints[0])
+            course.is_native = native is not None
+        return course
 
     def _with_model(self, asked: "_Asked", ref: str) -> "_Asked":
         """The same request for another model."""
@@ -650,38 +806,24 @@ class _Handling:
         return other
 
     def _native(
-        self,
-        completion: CompletionRequest,
-        model: Model,
-        settings: ProviderSettings,
-        endpoint: Endpoint,
+        self, completion: CompletionRequest, course: _Course, endpoint: Endpoint
     ) -> Native | None:
-        natives = self._proxy.natives
+        natives, key = course.natives, id(endpoint)
         # A client's own credential belongs to no configured endpoint.
-        key = (self._path, completion.stream, model.ref, id(endpoint))
-        if settings.client_credentials or key not in natives:
-            provider = self._proxy.providers[settings.id]
+        is_clients = course.settings.client_credentials
+        if is_clients or key not in natives:
             asked = Asked(self._incoming.dialect, self._path)
-            native = provider.native(asked, completion, model, endpoint)
-            if settings.client_credentials:
+            native = course.provider.native(asked, completion, course.model, endpoint)
+            if is_clients:
                 return native
             natives[key] = native
         return natives[key]
 
-    def _timeout_s(self, default_s: float) -> float:
-        """How long the request may take: what its client says, or the default."""
-        given = self._request.headers.get("X-Timeout-Ms")
-        if given is not None:
-            text = given.strip()
-            if text.isascii() and text.isdigit() and int(text[:9]) > 0:
-                return int(text[:9]) / 1000
-        return default_s
-
     def _noted(self, error: ProxyError) -> ProxyError:
-        self._outcome.kind = error.kind
-        self._outcome.error = error.log_text
+        self.outcome.kind = error.kind
+        self.outcome.error = error.log_text
         if isinstance(error, LimitReached):
-            self._outcome.limit = error.limit
+            self.outcome.limit = error.limit
         message = self._proxy.redact(error.message)
         if len(message) > MESSAGE_CHARS:  # it quotes something of the client's
             message = f"{message[:MESSAGE_CHARS]}…"
@@ -689,8 +831,8 @@ class _Handling:
         return error
 
     def _bug(self) -> ProxyError:
-        logger.error(BUG, self._outcome.id, self._proxy.redact.trace())
-        return ProxyError(f"internal error of the proxy, logged as {self._outcome.id}")
+        logger.error(BUG, self.outcome.id, self._proxy.redact.trace())
+        return ProxyError(f"internal error of the proxy, logged as {self.outcome.id}")
 
 
 class _Asked(msgspec.Struct):
@@ -704,14 +846,188 @@ class _Asked(msgspec.Struct):
     writer: Writer
     body: bytes
     chosen: Chosen | None
-    model: Model
-    settings: ProviderSettings
+    course: _Course
     is_native: bool
     credential: str
     is_fallback: bool
+    timeout_s: float
 
 
-class _Page(_Handling):
+class _Request(_Handling):
+    """A request as aiohttp hands it over, and the task that answers it."""
+
+    def __init__(
+        self, proxy: Proxy, client: Client, request: web.BaseRequest, target: _Target
+    ) -> None:
+        id = f"{random.getrandbits(64):016x}"
+        response = proxy.response(client, request, id)
+        head = Head(request.method, target.path, target.query, request.headers)
+        outcome = Outcome(
+            id=id,
+            route=target.path,
+            api_version=target.api_version,
+            client=target.client,
+        )
+        limit_s = _limit_s(head)
+        super().__init__(proxy, client, target, head, limit_s, response, outcome)
+        self._say_error = target.incoming.error_reply
+        self._request = request
+
+    async def run(self) -> AnyResponse:
+        """Raises: ConnectionError: the client is gone."""
+        await self._carry_out(self._answer_it())
+        return self.response
+
+    async def _answer_it(self) -> None:
+        self._check(self._head)
+        body = await self._read_body()
+        if self._path == routes.INVOCATIONS:
+            self._incoming = routes.narrow(self._incoming, body)
+            self._say_error = self._incoming.error_reply
+        asked = self._parse(body)
+        self._say_error = asked.writer.error_reply
+        await self._complete(asked)
+
+    async def _read_body(self) -> bytes:
+        request = self._request
+        limit = self._proxy.settings.limits.body_bytes
+        if (request.content_length or 0) > limit:
+            raise too_large(limit)
+        self._continue()
+        try:
+            if request.content.is_eof():  # all of it came with the head
+                body = request.content.read_nowait()
+                if len(body) > limit:
+                    raise too_large(limit)
+                return body
+            timeouts = self._proxy.settings.timeouts
+            limit_s = min(self._limit_s or timeouts.chat_s, timeouts.body_s)
+            with self._proxy.interruptible():
+                async with asyncio.timeout_at(self.started_s + limit_s):
+                    return await request.read()
+        except TimeoutError:
+            raise too_slow() from None
+        except web.HTTPRequestEntityTooLarge:
+            raise too_large(limit) from None
+        except (web.RequestPayloadError, aiohttp.ClientPayloadError) as error:
+            raise undecodable() from error
+
+    def _continue(self) -> None:
+        # web.Application would do this; the low-level server leaves it to us. curl
+        # waits a second for it before it sends a longer body.
+        expect = self._request.headers.get("Expect")
+        transport = self._request.transport
+        if (
+            expect is not None
+            and expect.lower() == "100-continue"
+            and transport is not None
+        ):
+            transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+class _Visit(_Handling):
+    """A request of which only the body is new. Callbacks answer it, and a task goes on
+    with it once anything has to be waited for but the upstream.
+    """
+
+    _task: asyncio.Task[None] | None = None
+    _is_resting = False  # the task has begun with the rest
+    _asked: "_Asked"
+    _begun: _Begun
+
+    def __init__(self, proxy: Proxy, client: Client, known: _Known) -> None:
+        id = f"{random.getrandbits(64):016x}"
+        target = known.target
+        response = Response(client, id)
+        response.more = known.more
+        outcome = Outcome(
+            id=id,
+            route=target.path,
+            api_version=target.api_version,
+            client=target.client,
+            user=known.user,
+        )
+        limit_s = known.limit_s
+        super().__init__(proxy, client, target, known.head, limit_s, response, outcome)
+
+    def begin(self, body: bytes) -> bool:
+        """Ask an upstream. False: nothing was done; whatever it is that is wrong, or has
+        to be waited for, the usual way will come to it, too.
+        """
+        door, permit = self._proxy.admission, None
+        try:
+            if len(body) > self._proxy.settings.limits.body_bytes:
+                return False
+            asked = self._parse(body)
+            if door is not None:
+                permit = door.enter_now(
+                    self.outcome.user,
+                    self._client.remote,
+                    asked.completion.feature,
+                    asked.course.settings.id,
+                )
+                if permit is None:
+                    return False
+        except Exception:
+            return False
+        self._asked = asked
+        self._begun = begun = _Begun(permit)
+        try:
+            begun.asked = asked = self._adjusted(asked)
+            begun.attempt = attempt = self._attempt(asked, ())
+        except Exception:  # it will come again, and be said
+            self._go_on()
+            return True
+        assert attempt is not None  # nobody was tried yet
+        attempt.relay.begin(self._finish, self._go_on)
+        return True
+
+    def client_gone(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        if self._is_resting:
+            return
+        # What was cancelled before its first step does not even end.
+        if (attempt := self._begun.attempt) is not None:
+            attempt.relay.abandon()
+        self.outcome.kind = "client_gone"
+        self._finish()
+
+    def _finish(self) -> None:
+        """All was said without a task, or nobody is there to hear it."""
+        begun, door = self._begun, self._proxy.admission
+        if begun.attempt is not None:
+            self._settle(begun.attempt)
+        if door is not None and begun.permit is not None:
+            self._leave(door, begun.permit)
+        self._end()
+
+    def _end(self) -> None:
+        self.outcome.status = self.response.status
+        self._proxy.ended(self)
+        self._client.visited(keep_alive=self.response.keep_alive)
+
+    def _go_on(self) -> None:
+        """Let a task do the rest."""
+        self._task = self._proxy.loop.create_task(self._rest())
+
+    async def _rest(self) -> None:
+        self._is_resting = True
+        self._say_error = self._asked.writer.error_reply
+        try:
+            await self._carry_out(self._complete(self._asked, self._begun))
+        except asyncio.CancelledError:
+            self.outcome.kind = "client_gone"
+            raise
+        except ConnectionError:
+            if self.outcome.kind in ("", "ok"):
+                self.outcome.kind = "client_gone"
+            self.response.keep_alive = False
+        finally:
+            self._end()
+
+
+class _Page(_Request):
     """A request that is no exchange: answered from the configuration, or handed on."""
 
     async def run(self) -> AnyResponse:
@@ -732,8 +1048,8 @@ class _Page(_Handling):
             return self._respond(self._incoming.error_reply(self._noted(self._bug())))
 
     def _respond(self, reply: Reply) -> Response:
-        self._response.reply(reply)
-        return self._response
+        self.response.reply(reply)
+        return self.response
 
     async def _visit(self, page: Page, head: Head) -> Response:
         """Answer as a Sourcegraph instance does."""
@@ -743,11 +1059,11 @@ class _Page(_Handling):
         if page.needs_token:
             self._check_token(head)
         body = await self._read_body() if head.method == "POST" else b""
-        reply = page.answer(Visit(head, self._outcome.user, body))
+        reply = page.answer(Visit(head, self.outcome.user, body))
         self.is_logged = page.is_logged
         if reply.status >= 400:  # a refusal in words of its own
             is_token = reply.status == Unauthorized.status
-            self._outcome.kind = (Unauthorized if is_token else InvalidRequest).kind
+            self.outcome.kind = (Unauthorized if is_token else InvalidRequest).kind
         return self._say(reply)
 
     async def _answer(self, head: Head) -> AnyResponse:
@@ -778,7 +1094,7 @@ class _Page(_Handling):
     async def _windows(self) -> Mapping[str, Window]:
         if (door := self._proxy.admission) is None:
             return {}
-        return await door.windows(self._outcome.user, self._request.remote or "")
+        return await door.windows(self.outcome.user, self._client.remote)
 
     def _is_known(self) -> bool:
         path, is_get = self._path, self._request.method in ("GET", "HEAD")
@@ -805,7 +1121,7 @@ class _Page(_Handling):
         """Hand the request on; its model, if it names one, says to whom."""
         body, model = await self._named_model(path)
         settings = self._proxy.models.providers[model.provider_id]
-        timeout_s = self._timeout_s(settings.timeouts.chat_s)
+        timeout_s = self._limit_s or settings.timeouts.chat_s
         door = self._proxy.admission
         # To be looked at is no work for a model.
         if door is None or self._request.method in ("GET", "HEAD"):
@@ -825,11 +1141,12 @@ class _Page(_Handling):
         if (self._request.content_length or 0) > limit:
             raise too_large(limit)
         provider, pool = proxy.providers[settings.id], proxy.pools[settings.id]
+        self.outcome.provider = settings.id
         given = self._admit(settings)
-        member = pool.pick(self._loop.time(), self)
+        member = pool.pick(self._proxy.loop.time(), self)
         assert member is not None  # nobody was tried yet
         endpoint = member.endpoint
-        self._outcome.endpoint = member.name
+        self.outcome.endpoint = member.name
         if given:
             endpoint = structs.replace(endpoint, access_token=given, headers={})
         if body is None:
@@ -847,17 +1164,17 @@ class _Page(_Handling):
                     join_url(provider.root(endpoint), path[1:], whole_query),
                     provider.credentials(endpoint),
                     endpoint.name,
-                    own_headers(self._outcome.id) | self._cross_origin(),
-                    self._outcome,
+                    own_headers(self.outcome.id) | self._cross_origin(),
+                    self.outcome,
                     work,
                     body=body,
                     without=(proxy.settings.auth_header.lower(),),
                     limit_bytes=limit,
-                    deadline_s=self._started_s + timeout_s,
+                    deadline_s=self.started_s + timeout_s,
                     is_optional=self._path in routes.FORWARDED,
                     clients_credential=settings.client_credentials,
                 )
-            is_complete = self._outcome.upstream_status < 500
+            is_complete = self.outcome.upstream_status < 500
             return response
         except UpstreamFault as error:
             fault = error
@@ -866,7 +1183,7 @@ class _Page(_Handling):
             raise
         finally:
             pool.finished(
-                member, fault, self._loop.time(), self, is_complete=is_complete
+                member, fault, self._proxy.loop.time(), self, is_complete=is_complete
             )
 
     def _cross_origin(self) -> dict[str, str]:
@@ -888,7 +1205,7 @@ class _Page(_Handling):
             raise InvalidRequest("model: expected a text")
         name = name or ""
         model = models.choose("chat", name, False)
-        self._outcome.model = model.ref
+        self.outcome.model = model.ref
         word = model.api_model or model.name
         if name and name != word:
             fields["model"] = raw(word)
@@ -933,6 +1250,14 @@ def _is_forwardable(raw_path: str) -> bool:
         and not {".", ".."} & set(segments)
         and next(filter(None, segments), "") != ".api"
     )
+
+
+def _limit_s(head: Head) -> float | None:
+    """How long the request may take, if its client says so."""
+    text = head.headers.get("X-Timeout-Ms", "").strip()
+    if text.isascii() and text.isdigit() and int(text[:9]) > 0:
+        return int(text[:9]) / 1000
+    return None
 
 
 def _authorization(head: Head, header: str) -> str | None:

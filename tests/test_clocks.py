@@ -312,7 +312,7 @@ async def test_a_tick_in_the_turn_in_which_the_client_goes(upstream):
             await reply.read_until(b'"a"')
             (relay,) = proxy.relays
             assert isinstance(relay, Relay)
-            transport = relay._response._request.transport
+            transport = relay._response._client.transport
             assert transport is not None
             transport.abort()
             for _ in range(2):  # the first one may only see that something was said

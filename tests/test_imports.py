@@ -22,7 +22,7 @@ FLOORS = [
     },
     {"dialects", "providers", "modelconfig"},
     {
-        *("exchange", "passthrough", "outcome", "log"),
+        *("exchange", "passthrough", "outcome", "log", "heads"),
         *("auth", "config", "pool", "routes", "pages", "transport"),
         *("cors", "instance", "knobs", "siteconfig", "usage", "limits", "metrics"),
     },

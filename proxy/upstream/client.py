@@ -57,10 +57,7 @@ class _Target(NamedTuple):
     host_header: str
     path: str
     basic: str
-
-    @property
-    def key(self) -> tuple[str, str, int]:
-        return self.scheme, self.host, self.port
+    key: tuple[str, str, int]  # of the connections that can be used
 
 
 @lru_cache(maxsize=1024)
@@ -79,6 +76,7 @@ def _target(text: str) -> _Target:
         shown if port == default else f"{shown}:{port}",
         url.raw_path_qs or "/",
         basic,
+        (url.scheme, host, port),
     )
 
 
@@ -90,8 +88,9 @@ class UpstreamReply:
     def __init__(self, connection: Connection, *, unpack: bool) -> None:
         self._connection = connection
         self.status = connection.status
-        encoding = self.header("content-encoding") if unpack else ""
-        self._unpacker = _unpacker(encoding.lower()) if encoding else None
+        self._unpacker = None
+        if unpack and "content-encoding" in connection.headers:
+            self._unpacker = _unpacker(self.header("content-encoding").lower())
 
     def header(self, name: str) -> str:
         """Return the first header of that name (lower case), "" if there is none."""
@@ -131,8 +130,10 @@ class UpstreamReply:
                 raise _broken(error) from error
         return data
 
-    def listen(self, listener: Callable[[], None]) -> None:
-        """Have ``listener`` called whenever something has arrived, or ended it."""
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """Have ``listener`` called whenever something has arrived, or ended it; None to
+        go on with ``read``.
+        """
         self._connection.listener = listener
 
     def take(self) -> bytes:
@@ -166,9 +167,12 @@ class UpstreamReply:
     @property
     def is_complete(self) -> bool:
         """All has been taken, and it is whole."""
-        if not self._connection.is_complete or self.has_more:
-            return False
-        return self._unpacker is None or self._unpacker.is_whole
+        unpacker = self._unpacker
+        if unpacker is None:
+            return self._connection.is_complete
+        return (
+            self._connection.is_complete and unpacker.is_whole and not unpacker.has_more
+        )
 
     @property
     def failure(self) -> UpstreamFault | None:
@@ -481,14 +485,44 @@ class UpstreamCall:
     async def __aenter__(self) -> UpstreamReply:
         return await self.start()
 
+    def start_now(self, listener: Callable[[], None]) -> bool:
+        """Ask on a connection that is open already; False: there is none.
+
+        ``listener`` is called until ``reply`` says something, or ``is_failed``. Then
+        ``finish`` or ``drop`` must follow, or ``start``, which goes on with what was
+        begun.
+        """
+        connection = self._upstream.take_idle(self._target)
+        if connection is None:
+            return False
+        self._connection = connection
+        self._send(connection)
+        connection.listener = listener
+        return True
+
+    def reply(self) -> UpstreamReply | None:
+        """The reply if its head is in. Raises: UpstreamGarbled: see its headers."""
+        connection = self._connection
+        if connection is None or not connection.is_head_in:
+            return None
+        return UpstreamReply(connection, unpack=self._unpack)
+
+    @property
+    def is_failed(self) -> bool:
+        """The connection that was begun with is of no more use."""
+        return self._connection is None or self._connection.error is not None
+
     async def start(self) -> UpstreamReply:
         """Wait for the head of the reply. Then ``finish`` or ``drop`` must follow."""
         try:
-            connection = self._upstream.take_idle(self._target)
-            if connection is not None:
+            connection = self._connection
+            if connection is not None:  # asked on by ``start_now``
+                connection.listener = None
+            elif connection := self._upstream.take_idle(self._target):
                 self._connection = connection
+                self._send(connection)
+            if connection is not None:
                 try:
-                    self._send(connection)
                     while not connection.is_head_in:
                         await connection.arrival()
                     return UpstreamReply(connection, unpack=self._unpack)

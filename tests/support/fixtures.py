@@ -57,10 +57,18 @@ class RunningProxy:
     what has to be seen from within: what is still open.
     """
 
-    def __init__(self, url: str, log: io.StringIO, inside: Proxy) -> None:
+    def __init__(
+        self, url: str, log: io.StringIO, inside: Proxy, listener: Listener
+    ) -> None:
         self.url = url
         self.inside = inside
+        self.listener = listener
         self._log = log
+
+    @property
+    def tasks(self) -> int:
+        """How many requests have been answered by a task of aiohttp's."""
+        return self.listener._connections.requests_count
 
     @property
     def lines(self) -> list[Block]:
@@ -104,7 +112,8 @@ async def running(
     listener = Listener(proxy)
     try:
         addresses = await listener.start()
-        yield RunningProxy(f"http://127.0.0.1:{addresses[0][1]}", log, proxy)
+        url = f"http://127.0.0.1:{addresses[0][1]}"
+        yield RunningProxy(url, log, proxy, listener)
     finally:
         await listener.stop()
         await upstream.close()

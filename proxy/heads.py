@@ -1,0 +1,89 @@
+"""Heads of requests told by their bytes: clients send the same one every time.
+
+Between two requests of one client nothing in the head changes but the number that says
+how long the body is. So a head that was parsed and checked once is remembered by its
+bytes without that number, and whatever has the same bytes comes to the same.
+"""
+
+import re
+from collections.abc import Iterable
+
+# Longer ones, and more of them, are not worth the memory.
+MOST_BYTES = 4096
+MOST = 1024
+_MOST_DIGITS = 9
+
+# As nearly all clients write it.
+_LENGTHS = (b"\r\nContent-Length: ", b"\r\ncontent-length: ")
+_END = b"\r\n\r\n"
+_HEADER = re.compile(rb"([!-9;-~]+): ([!-~](?:[ -~]*[!-~])?)")
+# What asks for more than to take the body as it comes and to answer it.
+_SPECIAL = {
+    b"connection",
+    b"content-encoding",
+    b"expect",
+    b"te",
+    b"trailer",
+    b"transfer-encoding",
+    b"upgrade",
+}
+
+
+def cut(data: bytes) -> tuple[bytes, int, int] | None:
+    """Return the head without the length of the body, where the body begins, and where
+    it ends.
+
+    None if ``data`` does not begin with the whole head of a request that has a body
+    with a length.
+    """
+    end = data.find(_END, 0, MOST_BYTES)
+    if end < 0:
+        return None
+    at = data.find(_LENGTHS[0], 0, end)
+    if at < 0:
+        at = data.find(_LENGTHS[1], 0, end)
+        if at < 0:
+            return None
+    at += len(_LENGTHS[0])
+    stop = data.find(b"\r\n", at, end + 2)
+    digits = data[at:stop]
+    if not digits.isdigit() or len(digits) > _MOST_DIGITS:
+        return None
+    begin = end + len(_END)
+    return data[:at] + data[stop:end], begin, begin + int(digits)
+
+
+def is_waiting(head: bytes) -> bool:
+    """Whether its client may want to hear something before it sends the body."""
+    return b"100-continue" in head.lower()
+
+
+def is_repeatable(
+    head: bytes, path: str, headers: Iterable[tuple[bytes, bytes]]
+) -> bool:
+    """Whether a head can be told by its bytes from now on.
+
+    Only if nothing about it is unusual, so that it can be read in one way only.
+
+    Args: head: as ``cut`` returned it.
+          path, headers: what the parser found in it.
+    """
+    first, *lines = head.split(b"\r\n")
+    if first != b"POST %b HTTP/1.1" % path.encode("utf-8", "surrogateescape"):
+        return False
+    if head.lower().count(b"content-length") != 1:
+        return False
+    found = []
+    for line in lines:
+        if line.lower() == b"content-length: ":
+            continue
+        match = _HEADER.fullmatch(line)
+        if match is None:
+            return False
+        name, value = match.groups()
+        if name.lower() in _SPECIAL and line.lower() != b"connection: keep-alive":
+            return False
+        found.append((name, value))
+    return found == [
+        (name, value) for name, value in headers if name.lower() != b"content-length"
+    ]

@@ -1,0 +1,168 @@
+"""Heads told by their bytes: only what can be read in one way is told so."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from aiohttp.http import HttpProcessingError
+from aiohttp.http_parser import HttpRequestParser
+from hypothesis import given, strategies as st
+
+from proxy.heads import MOST_BYTES, cut, is_repeatable, is_waiting
+
+HEAD = b"POST /v1/messages HTTP/1.1\r\nHost: a\r\nContent-Length: "
+REST = b"\r\nAuthorization: Bearer x"
+
+
+def request(length: bytes, body: bytes = b"{}") -> bytes:
+    return HEAD + length + REST + b"\r\n\r\n" + body
+
+
+def test_two_requests_that_differ_in_their_length_have_one_head():
+    first, second = request(b"2"), request(b"12", b"{}" * 6)
+    assert cut(first) == (HEAD + REST, len(first) - 2, len(first))
+    assert cut(second) == (HEAD + REST, len(second) - 12, len(second))
+
+
+def test_what_is_not_there_yet_or_too_much_shows_in_the_end():
+    whole = request(b"2")
+    assert cut(whole[:-1]) == (HEAD + REST, len(whole) - 2, len(whole))
+    assert cut(whole + b"POST") == (HEAD + REST, len(whole) - 2, len(whole))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"POST / HTTP/1.1\r\nHost: a\r\n",
+        b"POST / HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n",
+        request(b"-2"),
+        request(b"+2"),
+        request(b"2 "),
+        request(b" 2"),
+        request(b"0x2"),
+        request(b"2,2"),
+        request(b"\xb2"),
+        request(b""),
+        request(b"1234567890"),
+        HEAD + b"2\r\nX: " + b"a" * MOST_BYTES + b"\r\n\r\n{}",
+    ],
+)
+def test_other_heads_are_left_to_the_parser(data):
+    assert cut(data) is None
+
+
+@pytest.mark.parametrize("spelling", [b"Content-Length", b"content-length"])
+def test_a_plain_head_is_repeatable(spelling):
+    head = HEAD.replace(b"Content-Length", spelling) + REST
+    found = [(b"Host", b"a"), (spelling, b"7"), (b"Authorization", b"Bearer x")]
+    assert is_repeatable(head, "/v1/messages", found)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"content-length: 5",
+        b"X: Content-Length: 5",
+        b"Transfer-Encoding: chunked",
+        b"Connection: close",
+        b"Connection: keep-alive, X",
+        b"Expect: 100-continue",
+        b"Upgrade: h2c",
+        b"Content-Encoding: gzip",
+        b"X : a",
+        b"X:a",
+        b"X:  a",
+        b"X: a ",
+        b"X: a\x00b",
+        b"X: \xe4",
+        b" folded: a",
+        b"X\n: a",
+        b": a",
+        b"",
+    ],
+)
+def test_an_unusual_line_makes_a_head_unrepeatable(line):
+    name, _, value = line.partition(b":")
+    found = [(b"Host", b"a"), (b"Content-Length", b"7"), (name, value.strip())]
+    assert not is_repeatable(HEAD + b"\r\n" + line, "/v1/messages", found)
+
+
+def test_a_head_is_repeatable_only_as_what_the_parser_found():
+    found = [
+        (b"Host", b"a"),
+        (b"Content-Length", b"7"),
+        (b"Authorization", b"Bearer x"),
+    ]
+    assert not is_repeatable(HEAD + REST, "/v1/complete", found)
+    assert not is_repeatable(HEAD + REST, "/v1/messages", found[:2])
+    assert not is_repeatable(HEAD + REST, "/v1/messages", [*found, (b"X", b"a")])
+    get = HEAD.replace(b"POST", b"PUT")
+    assert not is_repeatable(get + REST, "/v1/messages", found)
+
+
+def test_a_client_that_waits_for_leave_is_known():
+    assert is_waiting(HEAD + b"\r\nExpect: 100-Continue")
+    assert not is_waiting(HEAD + REST)
+
+
+class _Transport(asyncio.Protocol):
+    """What aiohttp's parser asks of its protocol."""
+
+    def pause_reading(self) -> None: ...
+    def resume_reading(self, resume_parser: bool = True) -> None: ...
+
+
+def parsed(data: bytes) -> tuple[Any, ...] | None:
+    """What aiohttp's parser finds in one request, without the length of its body."""
+    loop = asyncio.new_event_loop()
+    try:
+        parser = HttpRequestParser(_Transport(), loop, 2**16)  # type: ignore[arg-type]
+        try:
+            messages, _, _ = parser.feed_data(data)
+        except HttpProcessingError:
+            return None
+        ((message, _),) = messages
+    finally:
+        loop.close()
+    pairs = [p for p in message.raw_headers if p[0].lower() != b"content-length"]
+    told = (message.should_close, message.upgrade, message.chunked, message.compression)
+    return (message.method, message.path, message.version, pairs, *told)
+
+
+names = st.sampled_from(
+    [b"X", b"Host", b"Content-Length", b"content-length", b"TE", b"Expect", b"Cookie"]
+)
+values = st.one_of(
+    st.sampled_from([b"2", b"a", b"", b"chunked", b"100-continue", b"a  b", b" a"]),
+    st.binary(max_size=5),
+)
+lines = st.lists(
+    st.one_of(
+        st.tuples(names, st.sampled_from([b": ", b":", b" : "]), values).map(b"".join),
+        st.binary(max_size=8),
+    ),
+    max_size=4,
+)
+
+
+@given(
+    lines,
+    st.sampled_from([b"/", b"/a?b=c", b"//a", b"*", b"/\xc3\xa4", b"/ "]),
+    st.integers(0, 4),
+)
+def test_what_is_repeatable_means_the_same_with_another_length(more, path, at):
+    more.insert(min(at, len(more)), b"Content-Length: 2")
+    head = b"POST %b HTTP/1.1\r\nHost: a\r\n%b" % (path, b"\r\n".join(more))
+    data = head + b"\r\n\r\n{}"
+    parts, found = cut(data), parsed(data)
+    if parts is None or found is None:
+        return
+    pairs = [*found[3], (b"Content-Length", b"2")]
+    if not is_repeatable(parts[0], found[1], pairs):
+        return
+    other = data[:-2].replace(b"Content-Length: 2", b"Content-Length: 12") + b"{}" * 6
+    assert cut(other) is not None
+    assert cut(other)[0] == parts[0]  # type: ignore[index]
+    assert parsed(other) == found
