@@ -1,37 +1,39 @@
 """What Prometheus is told: counts of exchanges, by labels that no client chooses.
 
-Counting is adding to integers; they become samples when somebody asks. The labels are
-routes, providers, endpoints, models and users of the configuration, kinds of outcomes
-and statuses, so their number is bounded. Of several worker processes one answers for all:
-each leaves its counts in a directory, see ``Board``.
+Counting is adding to integers, for many exchanges at once, since the first pays most;
+they become samples when somebody asks. The labels are routes, providers, endpoints,
+models and users of the configuration, kinds of outcomes and statuses, so their number is
+bounded. Of several worker processes one answers for all: each leaves its counts in a
+directory, see ``Board``.
 """
 
-import itertools
 import os
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import msgspec
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
+
+from proxy.counts import (
+    DURATION_S,
+    FAMILIES,
+    FIRST_TOKEN_S,
+    ExchangeKey,
+    Histogram,
+    Series,
+    SeriesKey,
+    Snapshot,
+    Values,
 )
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
-
-from proxy import __version__
 from proxy.outcome import Outcome
-from proxy.usage import UsageCounter, Used
+from proxy.usage import DAY_S, Tally, UsageCounter, Used
 
-PREFIX = "completions_proxy"
-FIRST_TOKEN_S = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-DURATION_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+# How many that have ended are summed up together, within 0.1 ms.
+_BATCH = 64
+# For how many labels: users times endpoints times kinds could be a lot of memory.
+_MAX_SUMS = 1024
 # Of a path that is none of the proxy's own: there is no end of those.
 OTHER = "other"
 # How often a worker leaves its counts, and after how many times that it is taken for
@@ -39,104 +41,49 @@ OTHER = "other"
 PUBLISH_S = 2.0
 DEAD_AFTER_S = 5 * PUBLISH_S
 
-# route, dialect, provider, endpoint, model, kind, status
-ExchangeKey: TypeAlias = tuple[str, str, str, str, str, str, int]
-# dialect, provider, model
-SeriesKey: TypeAlias = tuple[str, str, str]
-# Further numbers by the value of their one label, "" where they have none.
-Values: TypeAlias = Mapping[str, float]
-
-
-class Histogram(msgspec.Struct, array_like=True):
-    buckets: list[int]
-    sum: float = 0.0
-
-    def add(self, other: "Histogram") -> None:
-        self.buckets = [sum(p) for p in zip(self.buckets, other.buckets, strict=True)]
-        self.sum += other.sum
-
-
-class Series(msgspec.Struct, array_like=True):
-    """What is measured of the exchanges of one dialect with one model."""
-
-    first_token: Histogram = msgspec.field(
-        default_factory=lambda: Histogram([0] * (len(FIRST_TOKEN_S) + 1))
-    )
-    duration: Histogram = msgspec.field(
-        default_factory=lambda: Histogram([0] * (len(DURATION_S) + 1))
-    )
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    adjusted: int = 0
-
-    def add(self, other: "Series") -> None:
-        self.first_token.add(other.first_token)
-        self.duration.add(other.duration)
-        self.prompt_tokens += other.prompt_tokens
-        self.completion_tokens += other.completion_tokens
-        self.adjusted += other.adjusted
-
-
-class _Family(NamedTuple):
-    """A further number: ``label`` is "" where there is one value only."""
-
-    help: str
-    label: str
-    is_counter: bool
-
-
-# What the parts of the proxy count themselves; they say how to read it, see ``read``.
-FAMILIES = {
-    "in_flight": _Family("Exchanges that are running", "", False),
-    "waiting": _Family("Requests in the queue for a place in flight", "", False),
-    "client_connections": _Family("Open connections of clients", "", False),
-    "upstream_connections": _Family(
-        "Open connections to upstreams: in use, or kept for the next request",
-        "state",
-        False,
-    ),
-    "connections_refused": _Family(
-        "Connections of clients that were ended before a whole head was in",
-        "reason",
-        True,
-    ),
-    "redis_failures": _Family(
-        "Questions to Redis without an answer, so that rates were counted here",
-        "",
-        True,
-    ),
-}
-
-
-class Snapshot(msgspec.Struct):
-    """The counts of one process, or the sums of several."""
-
-    exchanges: dict[ExchangeKey, int] = {}
-    series: dict[SeriesKey, Series] = {}
-    limits: dict[str, int] = {}
-    others: dict[str, dict[str, float]] = {}
-    used: Used = msgspec.field(default_factory=Used)
-
-    def add(self, more: "Snapshot", *, gauges: bool = True) -> None:
-        """Args: gauges: take also what is a state and no sum of events."""
-        for key, count in more.exchanges.items():
-            self.exchanges[key] = self.exchanges.get(key, 0) + count
-        for name, series in more.series.items():
-            self.series.setdefault(name, Series()).add(series)
-        self.used.add(more.used)
-        for limit, count in more.limits.items():
-            self.limits[limit] = self.limits.get(limit, 0) + count
-        for name_, values in more.others.items():
-            family = FAMILIES.get(name_)
-            if family is None or not (gauges or family.is_counter):
-                continue
-            sums = self.others.setdefault(name_, {})
-            for label, value in values.items():
-                sums[label] = sums.get(label, 0.0) + value
-
-
+# route, provider, endpoint, model, kind, status, user, feature, and whether an upstream
+# took it on
+_Labels: TypeAlias = tuple[str, str, str, str, str, int, str, str, bool]
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Snapshot).decode
+
+
+class _Sums:
+    """What the exchanges came to that have all labels in common."""
+
+    # Of a Struct's fields each sum would cost twice as much.
+    __slots__ = (
+        "adjusted",
+        "completion_tokens",
+        "count",
+        "duration_s",
+        "durations",
+        "first_token_s",
+        "first_tokens",
+        "prompt_tokens",
+    )
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first_tokens = [0] * (len(FIRST_TOKEN_S) + 1)
+        self.first_token_s = 0.0
+        self.durations = [0] * (len(DURATION_S) + 1)
+        self.duration_s = 0.0
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self.adjusted = 0
+
+    def series(self) -> Series:
+        return Series(
+            Histogram(self.first_tokens, self.first_token_s),
+            Histogram(self.durations, self.duration_s),
+            self.prompt_tokens,
+            self.completion_tokens,
+            self.adjusted,
+        )
+
+    def tally(self) -> Tally:
+        return Tally(self.count, self.prompt_tokens, self.completion_tokens)
 
 
 class Metrics:
@@ -149,6 +96,9 @@ class Metrics:
     def __init__(self, dialects: Mapping[str, str], usage: UsageCounter) -> None:
         self._dialects = dict(dialects)
         self.usage = usage
+        self._ended: list[Outcome] = []  # on one day, and in no sum yet
+        self._day_s = 0.0
+        self._sums: dict[_Labels, _Sums] = {}  # of that day, and not in what follows
         self._exchanges: dict[ExchangeKey, int] = defaultdict(int)
         self._series: dict[SeriesKey, Series] = defaultdict(Series)
         self._limits: dict[str, int] = defaultdict(int)
@@ -157,6 +107,7 @@ class Metrics:
 
     def name(self, dialects: Mapping[str, str]) -> None:
         """Count other routes under their own names from now on."""
+        self._settle()
         self._dialects = dict(dialects)
 
     def read(self, name: str, reader: Callable[[], Values]) -> None:
@@ -164,36 +115,71 @@ class Metrics:
         assert name in FAMILIES, name
         self._readers[name] = reader
 
-    def count(self, outcome: Outcome) -> None:
-        """Count one exchange; it has ended."""
-        route, dialect = outcome.route, self._dialects.get(outcome.route)
-        if dialect is None:
-            route = dialect = OTHER
-        provider, model = outcome.provider, outcome.model
-        self._exchanges[
-            route,
-            dialect,
-            provider,
-            outcome.endpoint,
-            model,
-            outcome.kind,
-            outcome.status,
-        ] += 1
-        if outcome.limit:
-            self._limits[outcome.limit] += 1
-        if not model:  # nobody was asked
-            return
-        series = self._series[dialect, provider, model]
-        if (first_s := outcome.first_token_s) is not None:
-            series.first_token.buckets[bisect_left(FIRST_TOKEN_S, first_s)] += 1
-            series.first_token.sum += first_s
-        if (duration_s := outcome.duration_s) is not None:
-            series.duration.buckets[bisect_left(DURATION_S, duration_s)] += 1
-            series.duration.sum += duration_s
-        series.prompt_tokens += outcome.prompt_tokens or 0
-        series.completion_tokens += outcome.completion_tokens or 0
-        if outcome.adjusted:
-            series.adjusted += 1
+    def count(self, outcome: Outcome, now_s: float) -> None:
+        """Count one exchange; it has ended, and nothing of it may change any more.
+
+        Args: now_s: Unix time.
+        """
+        if not self._day_s <= now_s < self._day_s + DAY_S:  # or the clock was set
+            self._settle()
+            self._day_s = now_s // DAY_S * DAY_S
+        ended = self._ended
+        ended.append(outcome)
+        if len(ended) >= _BATCH:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        dialects, limits, all_sums = self._dialects, self._limits, self._sums
+        for outcome in self._ended:
+            route = outcome.route
+            labels = (
+                route if route in dialects else OTHER,
+                outcome.provider,
+                outcome.endpoint,
+                outcome.model,
+                outcome.kind,
+                outcome.status,
+                outcome.user,
+                outcome.feature,
+                200 <= outcome.upstream_status < 300,
+            )
+            sums = all_sums.get(labels)
+            if sums is None:
+                sums = all_sums[labels] = _Sums()
+            sums.count += 1
+            if (seconds := outcome.first_token_s) is not None:
+                sums.first_tokens[bisect_left(FIRST_TOKEN_S, seconds)] += 1
+                sums.first_token_s += seconds
+            if (seconds := outcome.duration_s) is not None:
+                sums.durations[bisect_left(DURATION_S, seconds)] += 1
+                sums.duration_s += seconds
+            if tokens := outcome.prompt_tokens:
+                sums.prompt_tokens += tokens
+            if tokens := outcome.completion_tokens:
+                sums.completion_tokens += tokens
+            if outcome.adjusted:
+                sums.adjusted += 1
+            if outcome.limit:
+                limits[outcome.limit] += 1
+        self._ended.clear()
+        if len(all_sums) > _MAX_SUMS:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Bring everything up to date: before it is read, and when a day is over."""
+        if self._ended:
+            self._sum_up()
+        day = int(self._day_s // DAY_S)
+        for labels, sums in self._sums.items():
+            route, provider, endpoint, model, kind, status, user, feature, took = labels
+            dialect = self._dialects.get(route, OTHER)
+            key = (route, dialect, provider, endpoint, model, kind, status)
+            self._exchanges[key] += sums.count
+            if model:  # else nobody was asked
+                self._series[dialect, provider, model].add(sums.series())
+            if feature and took:
+                self.usage.add(user, feature, day, sums.tally())
+        self._sums.clear()
 
     def snapshot(self) -> bytes:
         return _encode(self._snapshot())
@@ -214,11 +200,10 @@ class Metrics:
         Args: accept: the header.
               others: snapshots of the other processes; what is none is left out.
         """
-        whole = self._whole(others)
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Samples(whole))
-        encoder, content_type = choose_encoder(accept)
-        return encoder(registry), content_type
+        # Where nobody asks, its library is 10 ms of each start, and 1 MiB.
+        from proxy import prometheus
+
+        return prometheus.page(self._whole(others), accept)
 
     def used(self, others: Iterable[bytes] = ()) -> Used:
         """Return what was used, in the other processes as well."""
@@ -231,6 +216,7 @@ class Metrics:
         return whole
 
     def _snapshot(self) -> Snapshot:
+        self._settle()
         whole = Snapshot()
         whole.add(self._before)
         others = {name: dict(read()) for name, read in self._readers.items()}
@@ -244,110 +230,6 @@ def add(whole: Snapshot, snapshot: bytes) -> None:
         whole.add(_decode(snapshot))
     except (msgspec.MsgspecError, ValueError):
         return  # of another version: one that is being replaced
-
-
-class _Samples(Collector):
-    """A snapshot as what Prometheus's client renders."""
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._snapshot = snapshot
-
-    def collect(self) -> Iterator[Metric]:
-        info = GaugeMetricFamily(f"{PREFIX}_info", "The version", labels=["version"])
-        info.add_metric([__version__], 1)
-        yield info
-        yield self._exchanges()
-        yield from self._measured()
-        limits = CounterMetricFamily(
-            f"{PREFIX}_limit_reached", "Requests that a limit refused", labels=["limit"]
-        )
-        for limit, count in self._snapshot.limits.items():
-            limits.add_metric([limit], count)
-        yield limits
-        yield from self._used()
-        for name, family in FAMILIES.items():
-            yield _family(name, family, self._snapshot.others.get(name, {}))
-
-    def _exchanges(self) -> Metric:
-        family = CounterMetricFamily(
-            f"{PREFIX}_exchanges",
-            "Requests, by how they ended",
-            labels=[
-                *("route", "dialect", "provider", "endpoint", "model"),
-                *("kind", "status"),
-            ],
-        )
-        for (*texts, status), count in self._snapshot.exchanges.items():
-            family.add_metric([*map(str, texts), str(status)], count)
-        return family
-
-    def _used(self) -> Iterator[Metric]:
-        requests = CounterMetricFamily(
-            f"{PREFIX}_user_requests",
-            "Requests that an upstream answered, by who asked",
-            labels=["user", "feature"],
-        )
-        tokens = CounterMetricFamily(
-            f"{PREFIX}_user_tokens",
-            "Tokens as the upstreams counted them, by who asked",
-            labels=["user", "feature", "of"],
-        )
-        for key, tally in self._snapshot.used.totals.items():
-            requests.add_metric(key, tally.requests)
-            tokens.add_metric([*key, "prompt"], tally.prompt_tokens)
-            tokens.add_metric([*key, "completion"], tally.completion_tokens)
-        return iter((requests, tokens))
-
-    def _measured(self) -> Iterator[Metric]:
-        labels = ["dialect", "provider", "model"]
-        first_token = HistogramMetricFamily(
-            f"{PREFIX}_first_token_seconds",
-            "From a request's arrival to the first token of its answer",
-            labels=labels,
-        )
-        duration = HistogramMetricFamily(
-            f"{PREFIX}_duration_seconds",
-            "From a request's arrival to the end of its answer",
-            labels=labels,
-        )
-        tokens = CounterMetricFamily(
-            f"{PREFIX}_tokens",
-            "Tokens as the upstreams counted them",
-            labels=[*labels, "of"],
-        )
-        adjusted = CounterMetricFamily(
-            f"{PREFIX}_adjusted",
-            "Exchanges in which something was changed for the server's or the client's"
-            " sake",
-            labels=labels,
-        )
-        for key, series in self._snapshot.series.items():
-            _add_histogram(first_token, key, FIRST_TOKEN_S, series.first_token)
-            _add_histogram(duration, key, DURATION_S, series.duration)
-            tokens.add_metric([*key, "prompt"], series.prompt_tokens)
-            tokens.add_metric([*key, "completion"], series.completion_tokens)
-            adjusted.add_metric(key, series.adjusted)
-        return iter((first_token, duration, tokens, adjusted))
-
-
-def _add_histogram(
-    family: HistogramMetricFamily,
-    labels: Sequence[str],
-    bounds: Sequence[float],
-    histogram: Histogram,
-) -> None:
-    names = [*map(str, bounds), "+Inf"]
-    counts = itertools.accumulate(histogram.buckets)
-    family.add_metric(labels, list(zip(names, counts, strict=True)), histogram.sum)
-
-
-def _family(name: str, family: _Family, values: Values) -> Metric:
-    kind = CounterMetricFamily if family.is_counter else GaugeMetricFamily
-    labels = [family.label] if family.label else []
-    metric = kind(f"{PREFIX}_{name}", family.help, labels=labels)
-    for value, number in values.items():
-        metric.add_metric([value] if family.label else [], number)
-    return metric
 
 
 class Board:

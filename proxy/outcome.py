@@ -4,7 +4,12 @@ import msgspec
 
 
 class Outcome(
-    msgspec.Struct, kw_only=True, omit_defaults=True, tag_field="event", tag="exchange"
+    msgspec.Struct,
+    kw_only=True,
+    omit_defaults=True,
+    tag_field="event",
+    tag="exchange",
+    gc=False,  # it can be in no cycle, and there is one per request
 ):
     """One per request, filled in on its way.
 
@@ -35,7 +40,7 @@ class Outcome(
     duration_s: float | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
-    tried: list[str] = []
-    adjusted: list[str] = []
+    tried: tuple[str, ...] = ()
+    adjusted: tuple[str, ...] = ()
     limit: str = ""
     error: str = ""

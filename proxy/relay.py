@@ -51,6 +51,8 @@ LAST_WRITE_S = 5.0
 ERROR_BODY_BYTES = 64 * 1024
 ERROR_SHOWN_BYTES = 1024
 ERROR_BODY_S = 2.0
+# How far a relay looks ahead for what is due.
+AHEAD_S = 2.0
 # Upstreams may call the type of their replies what they like.
 _MOST_HEADS = 64
 
@@ -145,6 +147,7 @@ class Relay:
     _task: asyncio.Task[object] | None = None
     _stopped: ProxyError | None = None
     _timer: asyncio.TimerHandle | None = None
+    _due_s = math.inf
     _event: asyncio.Future[None] | None = None
     error: ProxyError | None = None  # what went wrong, said to the client or not
     _is_over = False  # the last byte was written
@@ -408,7 +411,18 @@ class Relay:
                 due_s = min(due_s, self._quiet_s + every_s)
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._terms.loop.call_at(due_s, self._tick)
+            self._timer = None
+        self._due_s = due_s
+        self.look_ahead(self._terms.loop.time() + AHEAD_S)
+
+    def look_ahead(self, until_s: float) -> None:
+        """Set a timer if something is due before ``until_s``.
+
+        To be called every now and then, at least twice in ``AHEAD_S``: most replies
+        have ended by then, and were spared a timer, which costs more than the look.
+        """
+        if self._due_s < until_s and self._timer is None:
+            self._timer = self._terms.loop.call_at(self._due_s, self._tick)
 
     def _expected_s(self) -> tuple[float, type[DeadlineExceeded], str]:
         """When the upstream must have done what, and how its failure is called."""
@@ -611,7 +625,7 @@ class Relay:
         self._is_over = True
         adjusted = self._adjusted()
         if adjusted:
-            self._outcome.adjusted = adjusted
+            self._outcome.adjusted = tuple(adjusted)
         response = self._response
         if response.is_begun:
             response.end(out)
@@ -681,8 +695,8 @@ class Relay:
 
 def _told(reply: UpstreamReply) -> dict[str, str]:
     """What a reply that passes through keeps of its headers: what it says of itself."""
-    told = reply.named(_is_told)
-    return _printable(told) if told else told
+    names = _told_names(reply.names)
+    return _printable({name: reply.header(name) for name in names}) if names else {}
 
 
 @lru_cache(maxsize=256)
@@ -690,9 +704,10 @@ def _is_event_stream(content_type: str) -> bool:
     return media_type(content_type) == EVENT_STREAM
 
 
-@lru_cache(maxsize=1024)
-def _is_told(name: str) -> bool:
-    return name.startswith(_TOLD_PREFIXES)
+@lru_cache(maxsize=256)
+def _told_names(names: tuple[str, ...]) -> list[str]:
+    """Most replies of a server have headers of the same names."""
+    return [name for name in names if name.startswith(_TOLD_PREFIXES)]
 
 
 def _is_safe(name: str) -> bool:

@@ -86,7 +86,7 @@ from proxy.providers.base import (
     token_query,
 )
 from proxy.redact import BUG, Redactor
-from proxy.relay import Relay, Terms
+from proxy.relay import AHEAD_S, Relay, Terms
 from proxy.response import Client as ClientConnection, Response, own_headers
 from proxy.upstream import Upstream
 from proxy.usage import UsageCounter
@@ -154,6 +154,7 @@ class Proxy:
         self.is_stopping = False  # health checks fail
         self.is_closed = False  # new requests are refused, too
         self.relays: set[Interruptible] = set()  # what is running, or waits for that
+        self._looker: asyncio.TimerHandle | None = None
         self.is_idle = asyncio.Event()
         self.is_idle.set()
         self._incoming = routes.incoming(settings)
@@ -212,7 +213,19 @@ class Proxy:
         """Count a relay, or what is like it, among the running ones."""
         if not self.relays:
             self.is_idle.clear()
+            if self._looker is None:
+                self._looker = self.loop.call_later(AHEAD_S / 2, self._look_ahead)
         self.relays.add(relay)
+
+    def _look_ahead(self) -> None:
+        """Have those relays set their timers to which something is due soon."""
+        self._looker = None
+        if self.relays:
+            until_s = self.loop.time() + AHEAD_S
+            for relay in self.relays:
+                if isinstance(relay, Relay):
+                    relay.look_ahead(until_s)
+            self._looker = self.loop.call_later(AHEAD_S / 2, self._look_ahead)
 
     def finished(self, relay: Interruptible) -> None:
         self.relays.discard(relay)
@@ -317,10 +330,10 @@ class Proxy:
         outcome = handling.outcome
         outcome.duration_s = round(self.loop.time() - handling.started_s, 4)
         outcome.kind = outcome.kind or "ok"
-        self.metrics.usage.count(outcome, time.time())
+        now_s = time.time()
+        self.metrics.count(outcome, now_s)
         if handling.is_logged or outcome.kind != "ok":
-            self.log.outcome(outcome)
-        self.metrics.count(outcome)
+            self.log.outcome(outcome, now_s)
 
     def vouch(self, head: Head, incoming: Incoming) -> tuple[str, Unauthorized | None]:
         """Return the name of the token that is given, and why it is none.
@@ -537,7 +550,7 @@ class _Handling:
                 model = asked.course.model
                 if not fault.retryable or not model.fallback or asked.is_fallback:
                     raise
-                self.outcome.tried.append(f"{model.ref} {fault.kind}")
+                self.outcome.tried += (f"{model.ref} {fault.kind}",)
                 asked, begun = self._with_model(asked, model.fallback), None
 
     async def _ask(self, asked: "_Asked", begun: _Begun | None) -> None:
@@ -569,7 +582,7 @@ class _Handling:
                     raise
                 if not pool.may_retry():
                     raise
-                self.outcome.tried.append(f"{attempt.member.name} {fault.kind}")
+                self.outcome.tried += (f"{attempt.member.name} {fault.kind}",)
             finally:
                 self._settle(attempt)
             attempt = self._attempt(asked, tried)

@@ -1,6 +1,7 @@
 """Who used how much: requests and tokens by user, day and feature, in memory.
 
-A request counts once an upstream took it on; what failed before cost nothing.
+A request counts once an upstream took it on; what failed before cost nothing. Requests
+are counted with the metrics, and arrive here as sums.
 """
 
 import time
@@ -8,15 +9,14 @@ import time
 import msgspec
 
 from proxy.dialects.base import JSON, Reply
-from proxy.outcome import Outcome
 
 KEPT_DAYS = 31
-_DAY_S = 86_400
+DAY_S = 86_400
 # As instances and gateways call the features.
 FEATURES = {"chat": "chat_completions", "code": "code_completions"}
 
 
-class Tally(msgspec.Struct, rename="camel"):
+class Tally(msgspec.Struct, rename="camel", gc=False):
     requests: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -60,7 +60,7 @@ class Used(msgspec.Struct):
                 if name == user
             }
             if features:
-                date = time.strftime("%Y-%m-%d", time.gmtime(day * _DAY_S))
+                date = time.strftime("%Y-%m-%d", time.gmtime(day * DAY_S))
                 days.append(Day(date, features))
         return days
 
@@ -78,24 +78,14 @@ class UsageCounter:
         self._since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started_s))
         self.used = Used()
 
-    def count(self, outcome: Outcome, now_s: float) -> None:
-        """Add one request, if it was one that an upstream answered."""
-        if not outcome.feature or not 200 <= outcome.upstream_status < 300:
-            return
-        day = int(now_s // _DAY_S)
+    def add(self, user: str, feature: str, day: int, tally: Tally) -> None:
+        """Args: day: on which it was used, counted from 1970."""
         tallies = self.used.days.get(day)
         if tallies is None:
             tallies = self.used.days[day] = {}
             self._forget(day - KEPT_DAYS)
-        key = (outcome.user, outcome.feature)
-        if key not in tallies:
-            tallies[key] = Tally()
-            self.used.totals.setdefault(key, Tally())
-        prompt, completion = outcome.prompt_tokens or 0, outcome.completion_tokens or 0
-        for tally in (tallies[key], self.used.totals[key]):
-            tally.requests += 1
-            tally.prompt_tokens += prompt
-            tally.completion_tokens += completion
+        for sums in (tallies, self.used.totals):
+            sums.setdefault((user, feature), Tally()).add(tally)
 
     def reply(self, user: str, used: Used) -> Reply:
         """Say a user's own use, and nobody else's.

@@ -1,6 +1,8 @@
 """The house's floors: a module imports only from floors below its own."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +27,7 @@ FLOORS = [
         *("exchange", "passthrough", "outcome", "log", "heads"),
         *("auth", "config", "pool", "routes", "pages", "transport"),
         *("cors", "instance", "knobs", "siteconfig", "usage", "limits", "metrics"),
+        *("memory_storage", "counts", "prometheus"),
     },
     {
         *("upstream", "response", "relay", "forward", "server", "simulator", "probe"),
@@ -44,10 +47,11 @@ NEIGHBOURS = {
     "auth": {"config"},
     "routes": {"config"},
     "siteconfig": {"config"},
-    "usage": {"outcome"},
     "instance": {"auth", "config"},
-    "limits": {"config"},
-    "metrics": {"outcome", "usage"},
+    "limits": {"config", "memory_storage"},
+    "counts": {"usage"},
+    "prometheus": {"counts"},
+    "metrics": {"counts", "outcome", "prometheus", "usage"},
     "relay": {"upstream", "response"},
     "upstream": {"outbox"},
     "response": {"outbox"},
@@ -121,3 +125,20 @@ def test_only_the_edges_wait():
         if name.split(".")[0] in WAITING and floor_of(room_of(module)) < 3
     ]
     assert wrong == []
+
+
+def run_apart(code: str) -> str:
+    """Run ``code`` in a process that has imported nothing yet."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT.parent,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+
+
+def test_what_few_configurations_need_is_not_imported_to_serve():
+    found = run_apart("import sys, proxy.serve; print(*sys.modules)").split()
+    assert "aiohttp" in found
+    assert not {"limits", "prometheus_client", "redis"} & set(found)

@@ -562,14 +562,48 @@ def test_log_lines_of_several_processes_do_not_mix():
 
     log = ExchangeLog(Pipe(), Redactor([]), later=lambda flush: None)
     for number in range(100):
-        log.outcome(Outcome(id=f"{number}", route="/" + "x" * (number * 7)))
-    log.outcome(Outcome(id="long", route="x" * 9000))
+        log.outcome(Outcome(id=f"{number}", route="/" + "x" * (number * 7)), 0.0)
+        if number == 50:
+            log.outcome(Outcome(id="long", route="x" * 9000), 0.0)
     log.flush()
     assert len(written) > 5
     assert all(text.endswith("\n") for text in written)
-    assert all(len(text) <= select.PIPE_BUF for text in written[:-1])
+    assert all(len(text) <= select.PIPE_BUF or "long" in text for text in written)
+    assert sum(len(text) > select.PIPE_BUF for text in written) == 1
     ids = [json.loads(line)["id"] for line in "".join(written).splitlines()]
-    assert ids == [*map(str, range(100)), "long"]
+    assert ids == [*map(str, range(51)), "long", *map(str, range(51, 100))]
+
+
+def test_log_lines_are_in_order_and_say_when():
+    stream = io.StringIO()
+    log = ExchangeLog(stream, Redactor([]), later=lambda flush: None)
+    for ms in (0, 1, 1, 999, 1000, 86_400_123, 5):  # a clock may be set back
+        log.outcome(Outcome(id=str(ms), route="/"), ms / 1000 + 0.0005)
+        log.upstream_data(str(ms), b"x")
+    assert stream.getvalue() == ""
+    log.flush()
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["event"] for line in lines] == ["exchange", "upstream_data"] * 7
+    assert [line["time"] for line in lines[::2]] == [
+        "1970-01-01T00:00:00.000Z",
+        "1970-01-01T00:00:00.001Z",
+        "1970-01-01T00:00:00.001Z",
+        "1970-01-01T00:00:00.999Z",
+        "1970-01-01T00:00:01.000Z",
+        "1970-01-02T00:00:00.123Z",
+        "1970-01-01T00:00:00.005Z",
+    ]
+
+
+def test_log_line_that_no_utf_8_can_say_costs_no_other():
+    stream = io.StringIO()
+    log = ExchangeLog(stream, Redactor([]), later=lambda flush: None)
+    for route in ("/a", "/\ud83d", "/ü"):
+        log.outcome(Outcome(id="x", route=route, tried=("a 500",)), 0.0)
+    log.flush()
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line.pop("route") for line in lines] == ["/a", "/\ud83d", "/ü"]
+    assert lines[0] == lines[1] == lines[2]
 
 
 def test_a_worker_that_dies_at_once_waits_longer_each_time():

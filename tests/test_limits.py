@@ -23,6 +23,7 @@ from proxy.admission import Admission, Permit
 from proxy.config import Rates, Settings, TokenLimits
 from proxy.errors import QueueTimeout, RateLimited
 from proxy.limits import InFlight, RateCounter, plans
+from proxy.memory_storage import SWEPT_KEYS, MemoryStorage
 from tests.support.client import RawReply, build_request, connect, request, stream
 from tests.support.cody import read_chat
 from tests.support.fixtures import (
@@ -583,11 +584,11 @@ async def test_what_the_minute_refuses_is_not_counted_for_the_day():
 
 async def test_counters_that_have_run_out_are_forgotten():
     clock = Clock()
-    storage = limits.MemoryStorage(clock)
+    storage = MemoryStorage(clock)
     for number in range(5000):
         clock.now_s += 1
         await storage.incr(f"address {number}", 60)
-    assert await storage.reset() <= limits.SWEPT_KEYS
+    assert await storage.reset() <= SWEPT_KEYS
 
 
 # ------------------------------------------------------------------------------ Redis

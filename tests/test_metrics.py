@@ -195,7 +195,8 @@ def test_snapshots_add_up():
     for metrics, count in ((one, 2), (two, 3)):
         for _ in range(count):
             metrics.count(
-                outcome(limit="l", first_token_s=0.1, prompt_tokens=5, adjusted=["x"])
+                outcome(limit="l", first_token_s=0.1, prompt_tokens=5, adjusted=("x",)),
+                0.0,
             )
         metrics.read("in_flight", partial(dict, {"": count}))
     page = page_of(one, two.snapshot(), b"no snapshot", b"")
@@ -213,10 +214,10 @@ def test_snapshots_add_up():
 def test_use_adds_up_by_user_and_for_the_user_by_day():
     one, two = counting({}), counting({})
     used = {"upstream_status": 200, "feature": "chat", "completion_tokens": 4}
-    one.usage.count(outcome(user="ann", **used), 0.0)
-    two.usage.count(outcome(user="ann", **used), 86_400.0)
-    two.usage.count(outcome(user="ben", **used), 86_400.0)
-    two.usage.count(outcome(user="ben", **used | {"upstream_status": 0}), 86_400.0)
+    one.count(outcome(user="ann", **used), 0.0)
+    two.count(outcome(user="ann", **used), 86_400.0)
+    two.count(outcome(user="ben", **used), 86_400.0)
+    two.count(outcome(user="ben", **used | {"upstream_status": 0}), 86_400.0)
     page = page_of(one, two.snapshot())
     assert page.value("user_requests_total", user="ann", feature="chat") == 2
     assert page.value("user_tokens_total", user="ben", of="completion") == 4
@@ -225,17 +226,42 @@ def test_use_adds_up_by_user_and_for_the_user_by_day():
     two.restore(one.snapshot())  # as a worker does that takes another one's place
     assert two.used().of("ann") == days
     for day in range(2, 40):
-        one.usage.count(outcome(user="ann", **used), day * 86_400.0)
+        one.count(outcome(user="ann", **used), day * 86_400.0)
     assert len(one.used().of("ann")) == 31
+
+
+@pytest.mark.parametrize("at_once", [1, 63, 64, 65, 10_000])
+def test_counts_are_whole_whenever_they_are_read(at_once):
+    metrics = counting({"/a": "cody"})
+    used = {"upstream_status": 200, "feature": "chat", "completion_tokens": 4}
+    for number in range(2 * at_once):
+        # More labels than are kept apart from the rest.
+        user = f"u{number % 1500}"
+        metrics.count(outcome(user=user, **used), 86_399.0 + number // at_once)
+    page = page_of(metrics)
+    assert page.value("exchanges_total", route="/a", kind="ok") == 2 * at_once
+    assert page.value("duration_seconds_count") == 2 * at_once
+    assert page.value("tokens_total", of="completion") == 8 * at_once
+    assert page.value("user_requests_total") == 2 * at_once
+    requests = [
+        sum(tally.requests for tally in tallies.values())
+        for tallies in metrics.used().days.values()
+    ]
+    assert requests == [at_once, at_once]
+    metrics.count(outcome(), 86_400.0)
+    metrics.name({})
+    assert page_of(metrics).value("exchanges_total", route="/a") == 2 * at_once + 1
+    metrics.count(outcome(), 86_400.0)
+    assert page_of(metrics).value("exchanges_total", route=OTHER) == 1
 
 
 def test_replaced_process_goes_on_from_what_was_left():
     old, new = counting({"/a": "cody"}), counting({"/a": "cody"})
-    old.count(outcome())
+    old.count(outcome(), 0.0)
     old.read("in_flight", lambda: {"": 7})
     old.read("connections_refused", lambda: {"connections": 2})
     new.restore(old.snapshot())
-    new.count(outcome())
+    new.count(outcome(), 0.0)
     new.read("connections_refused", lambda: {"connections": 1})
     page = page_of(new)
     assert page.value("exchanges_total") == 2
@@ -251,7 +277,7 @@ def test_replaced_process_goes_on_from_what_was_left():
 def test_board_leaves_out_what_dead_processes_had_open(tmp_path: Path):
     dead, alive = counting({"/a": "cody"}), counting({"/a": "cody"})
     for slot, metrics in ((1, dead), (2, alive)):
-        metrics.count(outcome())
+        metrics.count(outcome(), 0.0)
         metrics.read("in_flight", lambda: {"": 1})
         Board(tmp_path, slot).publish(metrics.snapshot())
     (tmp_path / "3.metrics").write_bytes(b"half of")
@@ -288,7 +314,7 @@ async def test_proxy_that_replaces_another_goes_on_with_its_counts(upstream):
     redact = Redactor([])
     log = ExchangeLog(io.StringIO(), redact)
     old, new = (Proxy(load(block), link, log, redact) for _ in range(2))
-    old.metrics.count(outcome(route=PATH))
+    old.metrics.count(outcome(route=PATH), 0.0)
     assert new.admission is not old.admission
     new.take_over(old)
     assert new.admission is old.admission

@@ -105,6 +105,11 @@ class UpstreamReply:
             for name, value in self._connection.pairs
         ]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the headers, in lower case."""
+        return tuple(self._connection.headers)
+
     def named(self, are_wanted: Callable[[str], bool]) -> dict[str, str]:
         """Return the headers whose names (lower case) are wanted."""
         return {

@@ -39,7 +39,7 @@ def run() -> None:
         door.enter(gauges)
         door.release(gauges)
 
-    show("metrics: count an exchange", best(lambda: metrics.count(OUTCOME)))
+    show("metrics: count an exchange", best(lambda: metrics.count(OUTCOME, 0.0)))
     show("in flight: in and out, three limits", best(in_and_out))
     asyncio.run(rates())
 
