@@ -8,6 +8,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import cast
 
 import httptools
@@ -51,27 +52,49 @@ class Connection(asyncio.Protocol):
         self.has_received = False
         self.idle_until_s = 0.0
         self.keep_alive_s: float | None = None
+        # Why there will be no end. What was there before it can still be taken.
+        self.error: Exception | None = None
+        self.is_head_in = False
+        # Nothing is wrong, only the end is not in yet.
+        self.is_ending = False
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._parser = httptools.HttpResponseParser(self)
         self._is_busy = False
-        self.is_head_in = False
-        self._is_complete = False
+        self._is_ended = False
         self._is_bodiless = False  # the request was HEAD
         self._ends_with_connection = False
         self._is_spoilt = False  # it must not carry another request
-        self._head_bytes = 0
         self._unfinished_bytes = 0  # of what the parser has not made anything of
-        self._chunks: list[bytes] = []
-        self._size = 0
+        self._untaken_bytes = 0  # as they came, in frames: at least as many as chunks
         self._is_paused = False
-        self._error: Exception | None = None
+        # Both are always the same lists: the parser fills them without our help.
+        self._chunks: list[bytes] = []
+        self._pairs: list[tuple[bytes, bytes]] = []
+        self._parser = self._new_parser()
         self._reader: asyncio.Future[None] | None = None
         self._writer: asyncio.Future[None] | None = None
         self._can_write = True
         self._sending: asyncio.Task[None] | None = None
         self._lingerer: Callable[[], None] | None = None
         self._linger_timer: asyncio.TimerHandle
+
+    def _new_parser(self) -> httptools.HttpResponseParser:
+        """It looks its callbacks up now, and calls them without a look at us."""
+        pairs = self._pairs
+
+        def keep(name: bytes, value: bytes) -> None:
+            pairs.append((name, value))
+
+        return httptools.HttpResponseParser(
+            SimpleNamespace(
+                on_message_begin=self._begin_message,
+                on_header=keep,
+                on_headers_complete=self._end_head,
+                # No line of Python per chunk: a stream has a lot of them.
+                on_body=self._chunks.append,
+                on_message_complete=self._end_message,
+            )
+        )
 
     # ------------------------------------------------------------------------ requests
 
@@ -99,17 +122,12 @@ class Connection(asyncio.Protocol):
         self._sending = self._loop.create_task(self._send_pieces(body, length))
 
     def _begin(self, bodiless: bool) -> None:
-        self.status = 0
-        self.pairs = []
-        self.headers = {}
-        self.has_received = False
+        self.has_received = self.is_head_in = self._is_ended = False
+        self.is_ending = self.is_open and self.error is None
         self._is_busy = True
-        self.is_head_in = self._is_complete = False
         self._is_bodiless = bodiless
-        self._head_bytes = self._unfinished_bytes = 0
-        self._chunks = []
-        self._size = 0
-        self._is_paused = False
+        self._unfinished_bytes = self._untaken_bytes = 0
+        self._pairs.clear()
 
     async def _send_pieces(
         self, body: AsyncIterator[bytes], length: int | None
@@ -149,8 +167,8 @@ class Connection(asyncio.Protocol):
 
         Raises: ConnectionFailed, BadReply: there will be no end.
         """
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         self._reader = self._loop.create_future()
         return self._reader
 
@@ -160,8 +178,8 @@ class Connection(asyncio.Protocol):
         if not chunks:
             return b""
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        self._chunks = []
-        self._size = 0
+        chunks.clear()
+        self._untaken_bytes = 0
         if self._is_paused:
             self.resume()
         return data
@@ -169,12 +187,7 @@ class Connection(asyncio.Protocol):
     @property
     def is_complete(self) -> bool:
         """Nothing follows what has been taken."""
-        return self._is_complete and not self._chunks
-
-    @property
-    def error(self) -> Exception | None:
-        """Why there will be no end. What was there before it can still be taken."""
-        return self._error
+        return self._is_ended and not self._chunks
 
     def pause(self) -> None:
         """Let the server wait: nobody takes what it sends."""
@@ -192,19 +205,14 @@ class Connection(asyncio.Protocol):
                 transport.resume_reading()
 
     @property
-    def is_ending(self) -> bool:
-        """Nothing is wrong, only the end is not in yet."""
-        return self.is_open and not self._is_complete and self._error is None
-
-    @property
     def is_reusable(self) -> bool:
         return (
-            self._is_complete
+            self._is_ended
             and self.is_open
             and not self._is_spoilt
             and not self._is_paused
             and not self._chunks
-            and self._error is None
+            and self.error is None
             # A server may answer before it has read all of the request.
             and self._transport is not None
             and self._transport.get_write_buffer_size() == 0
@@ -215,7 +223,6 @@ class Connection(asyncio.Protocol):
         """The reply has been read; from now on anything that comes is wrong."""
         self._is_busy = False
         self.listener = None
-        self._chunks = []
 
     def linger(self, done: Callable[[], None]) -> None:
         """Wait a moment for the end of a reply that nobody reads any more.
@@ -224,22 +231,26 @@ class Connection(asyncio.Protocol):
         close in between would cost a new connection per stream. ``done`` is called at
         the end, whatever it is; a server that goes on instead is hung up on.
         """
-        self.listener = None
-        self._chunks = []
-        self._size = 0
+        self.listener = self._go_on_lingering
+        self._chunks.clear()
         self._lingerer = done
         self._linger_timer = self._loop.call_later(LINGER_S, self._stop_lingering)
+
+    def _go_on_lingering(self) -> None:
+        if not self.is_ending or sum(map(len, self._chunks)) > LINGER_BYTES:
+            self._stop_lingering()
 
     def _stop_lingering(self) -> None:
         done, self._lingerer = self._lingerer, None
         if done is not None:
             self._linger_timer.cancel()
-            self._chunks = []
+            self.listener = None
+            self._chunks.clear()
             done()
 
     def abort(self) -> None:
         self.listener = None
-        self._chunks = []
+        self._chunks.clear()
         if self._sending is not None:
             self._sending.cancel()
         if self._transport is not None:
@@ -254,8 +265,9 @@ class Connection(asyncio.Protocol):
             reader.set_result(None)
 
     def _fail(self, error: Exception) -> None:
-        if self._error is None:
-            self._error = error
+        if self.error is None:
+            self.error = error
+        self.is_ending = False
         self._wake()
 
     # ------------------------------------------------------------- called by the socket
@@ -274,28 +286,42 @@ class Connection(asyncio.Protocol):
             self._is_spoilt = True
             self.abort()
             return
+        chunks = self._chunks
+        before = len(chunks)
         self._unfinished_bytes += len(data)
+        self._untaken_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            if self._is_complete:
-                self._is_spoilt = True  # bytes after the end: not this reply's
-            else:
-                self._fail(BadReply(str(error)))
-                self.abort()
-        if self._unfinished_bytes > MAX_HEAD_BYTES and not (
-            self._is_complete or self._error
-        ):
+            self._refuse(error)
+        if len(chunks) > before:
+            self._unfinished_bytes = 0
+            if self._is_bodiless:
+                chunks.clear()  # the parser takes for a body what is none
+        elif self._unfinished_bytes > MAX_HEAD_BYTES and self.is_ending:
             # A head without an end; or a trailer, or what may follow a chunk's size.
             self._fail(BadReply("its head is too long"))
             self.abort()
-        if self._lingerer is not None:
-            if self._is_complete or self._size > LINGER_BYTES:
-                self._stop_lingering()
-            return
-        if self._size > HIGH_WATER_BYTES:
+        if (listener := self.listener) is not None:
+            listener()
+        else:
+            self._wake()
+        if self._untaken_bytes > HIGH_WATER_BYTES:
+            self._hold_back()
+
+    def _refuse(self, error: Exception) -> None:
+        """What the parser does not take: after the end it is not this reply's."""
+        if self._is_ended:
+            self._is_spoilt = True
+        else:
+            self._fail(BadReply(str(error)))
+            self.abort()
+
+    def _hold_back(self) -> None:
+        """Nobody came for it: pause, if it is too much without its frames, too."""
+        self._untaken_bytes = sum(map(len, self._chunks))
+        if self._untaken_bytes > HIGH_WATER_BYTES:
             self.pause()
-        self._wake()
 
     def eof_received(self) -> None:
         # Else the loop would wait until all of our request is out, and the server may
@@ -305,10 +331,10 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.is_open = False
+        self.is_open = self.is_ending = False
         if self._ends_with_connection and self.is_head_in and error is None:
-            self._is_complete = True
-        if not self._is_complete:
+            self._is_ended = True
+        if not self._is_ended:
             self._fail(ConnectionFailed(str(error or "closed")))
         self._wake()
         self._stop_lingering()
@@ -324,57 +350,58 @@ class Connection(asyncio.Protocol):
 
     # ------------------------------------------------------------- called by the parser
 
-    def on_message_begin(self) -> None:
-        if self._is_complete:
+    def _begin_message(self) -> None:
+        if self._is_ended:
             self._is_spoilt = True
+            # The parser reads no further: what follows is not this reply's.
+            raise BadReply("there is more than one")
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self.is_head_in or self._is_complete:
-            return  # a trailer: nothing of it may pass for a header
-        self._head_bytes += len(name) + len(value) + 4
-        if self._head_bytes > MAX_HEAD_BYTES:
+    def _end_head(self) -> None:
+        if self._is_ended or self.error is not None:
+            return
+        status = self._parser.get_status_code()
+        pairs = self._pairs.copy()
+        # No head is longer than all that has come, and hardly any is that long.
+        if self._untaken_bytes > MAX_HEAD_BYTES // 2 and _is_long(pairs):
             self._fail(BadReply("its head is too long"))
             self.abort()
-        else:
-            self.pairs.append((name, value))
-
-    def on_headers_complete(self) -> None:
-        if self._is_complete or self._error is not None:
             return
-        self.status = self._parser.get_status_code()
-        if self.status < 200:
+        if status < 200:  # 100 Continue, 103 Early Hints
             return
-        headers = self.headers
-        for name, value in self.pairs:
-            headers.setdefault(lower(name), value)
-        framed = (
+        self.status = status
+        self.pairs = pairs
+        headers = {lower(name): value for name, value in pairs}
+        if len(headers) < len(pairs):
+            headers = {}
+            for name, value in pairs:
+                headers.setdefault(lower(name), value)
+        self.headers = headers
+        is_framed = (
             "content-length" in headers
             or b"chunked" in headers.get("transfer-encoding", b"").lower()
         )
-        self._ends_with_connection = not framed and self.status not in (204, 304)
+        self._ends_with_connection = not is_framed and status not in (204, 304)
         keep_alive = headers.get("keep-alive")
         self.keep_alive_s = _timeout_of(keep_alive) if keep_alive else None
         self.is_head_in = True
         self._unfinished_bytes = 0
         if self._is_bodiless:
             # The parser cannot know that no body follows.
-            self._is_complete = self._is_spoilt = True
+            self._is_ended = self._is_spoilt = True
+            self.is_ending = False
 
-    def on_body(self, data: bytes) -> None:
-        self._unfinished_bytes = 0
-        if not self._is_complete:
-            self._chunks.append(data)
-            self._size += len(data)
-
-    def on_message_complete(self) -> None:
-        if self.status < 200:  # 100 Continue, 103 Early Hints
-            self.pairs = []
-            self._head_bytes = 0
-        else:
-            self._is_complete = True
+    def _end_message(self) -> None:
+        self._pairs.clear()  # of 100 Continue, 103 Early Hints; or trailers
+        if self.is_head_in:
+            self._is_ended = True
+            self.is_ending = False
             # Afterwards the parser speaks of the next message.
             if not self._parser.should_keep_alive():
                 self._is_spoilt = True
+
+
+def _is_long(pairs: list[tuple[bytes, bytes]]) -> bool:
+    return sum(len(name) + len(value) + 4 for name, value in pairs) > MAX_HEAD_BYTES
 
 
 @lru_cache(maxsize=1024)
