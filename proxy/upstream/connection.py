@@ -76,9 +76,10 @@ class Connection(asyncio.Protocol):
     )
 
     def __init__(self, outbox: Outbox) -> None:
-        self.status = 0
         self._outbox = outbox
         self.listener: Callable[[], None] | None = None
+        # Of the last head that came in, which is this reply's once ``is_head_in``.
+        self.status = 0
         # As they came; the names in lower case, of several of one name the first.
         self.pairs: list[tuple[bytes, bytes]] = []
         self.headers: dict[str, bytes] = {}
@@ -99,7 +100,7 @@ class Connection(asyncio.Protocol):
         self._ends_with_connection = False
         self._is_spoilt = False  # it must not carry another request
         self._unfinished_bytes = 0  # of what the parser has not made anything of
-        self._untaken_bytes = 0  # as they came, in frames: at least as many as chunks
+        self._untaken_bytes = 0  # with the frames around them: an upper bound
         self._is_paused = False
         # Both are always the same lists: the parser fills them without our help.
         self._chunks: list[bytes] = []
@@ -113,7 +114,7 @@ class Connection(asyncio.Protocol):
         self._linger_timer: asyncio.TimerHandle
 
     def _new_parser(self) -> httptools.HttpResponseParser:
-        """It looks its callbacks up now, and calls them without a look at us."""
+        """It looks its callbacks up once, now: they may be the lists' own methods."""
         pairs = self._pairs
 
         def keep(name: bytes, value: bytes) -> None:
@@ -161,7 +162,6 @@ class Connection(asyncio.Protocol):
         self._is_busy = True
         self._is_bodiless = bodiless
         self._unfinished_bytes = self._untaken_bytes = 0
-        self._pairs.clear()
 
     async def _send_pieces(
         self, body: AsyncIterator[bytes], length: int | None
@@ -260,6 +260,7 @@ class Connection(asyncio.Protocol):
         """The reply has been read; from now on anything that comes is wrong."""
         self._is_busy = False
         self.listener = None
+        self._chunks.clear()
 
     def linger(self, done: Callable[[], None]) -> None:
         """Wait a moment for the end of a reply that nobody reads any more.
@@ -389,7 +390,6 @@ class Connection(asyncio.Protocol):
 
     def _begin_message(self) -> None:
         if self._is_ended:
-            self._is_spoilt = True
             # The parser reads no further: what follows is not this reply's.
             raise BadReply("there is more than one")
 
