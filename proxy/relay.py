@@ -39,7 +39,7 @@ from proxy.providers.base import Call
 from proxy.redact import BUG, Redactor
 from proxy.response import Response, render
 from proxy.stops import Cutter
-from proxy.upstream import Upstream, UpstreamReply
+from proxy.upstream import Prepared, Upstream, UpstreamReply
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,8 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     upstream; ``timeouts``: how long the upstream may take; ``keep_alive``: what to say
     while it is silent; ``reply_headers``: what a successful reply carries besides;
     ``clients_credential``: the upstream was asked with the client's own credential, so
-    that its refusal is the client's to hear; ``heads``: of replies that were said.
+    that its refusal is the client's to hear; ``shortest_s``: what ``shortest`` says of
+    the clocks; ``heads``: of replies that were said.
     """
 
     upstream: Upstream
@@ -88,7 +89,19 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     keep_alive: KeepAlive
     reply_headers: dict[str, str]
     clients_credential: bool
+    shortest_s: float
     heads: dict[tuple[int, bool, str, type[Writer]], bytes] = {}
+
+
+def shortest(timeouts: Timeouts, keep_alive: KeepAlive) -> float:
+    """Return how long nothing can be due in a stream."""
+    clocks_s = (
+        timeouts.headers_s,
+        timeouts.first_token_s,
+        timeouts.between_tokens_s,
+        keep_alive.every_s,
+    )
+    return min(each_s for each_s in clocks_s if each_s)
 
 
 class Relay:
@@ -102,6 +115,7 @@ class Relay:
     Args:
         started_s, timeout_s: when the request came, on the loop's clock, and how long
             its answer may take.
+        prepared: the beginning of ``call``, if it is known.
     """
 
     def __init__(
@@ -114,6 +128,7 @@ class Relay:
         outcome: Outcome,
         started_s: float,
         timeout_s: float,
+        prepared: Prepared | None = None,
     ) -> None:
         self._terms = terms
         self._response = response
@@ -131,6 +146,7 @@ class Relay:
             call.body,
             outcome.endpoint,
             connect_s=terms.timeouts.connect_s,
+            prepared=prepared,
         )
 
     # What most relays never change.
@@ -193,7 +209,12 @@ class Relay:
         if self._terms.verbose:
             self._log_request()
         if self._asked.start_now(self._step):
-            self._set_clock()
+            self._due_s = self._closing_s
+            if self._completion.stream:
+                # Not when it is due, but before: then it is looked at closely.
+                early_s = self._asked_s + self._terms.shortest_s
+                self._due_s = min(self._due_s, early_s)
+            self.look_ahead(self._asked_s + AHEAD_S)
         else:
             self._terms.loop.call_soon(self._wake)
 
@@ -400,20 +421,21 @@ class Relay:
         """Wake up when the next thing is due. What the events do to that is only noted:
         then it is looked at again.
         """
-        due_s = self._closing_s
+        terms, due_s = self._terms, self._closing_s
+        now_s = terms.loop.time()
         if self._completion.stream:
-            due_s = min(due_s, self._expected_s()[0])
-            # The answer may begin, or the client read again, the moment after this.
             due_s = min(
-                due_s, self._terms.loop.time() + self._terms.timeouts.between_tokens_s
+                due_s,
+                self._expected_s()[0],
+                # The answer may begin, or the client read again, the moment after this.
+                now_s + terms.timeouts.between_tokens_s,
+                self._quiet_s + (terms.keep_alive.every_s or math.inf),
             )
-            if every_s := self._terms.keep_alive.every_s:
-                due_s = min(due_s, self._quiet_s + every_s)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self._due_s = due_s
-        self.look_ahead(self._terms.loop.time() + AHEAD_S)
+        self.look_ahead(now_s + AHEAD_S)
 
     def look_ahead(self, until_s: float) -> None:
         """Set a timer if something is due before ``until_s``.
@@ -635,8 +657,7 @@ class Relay:
             is_stream = isinstance(exchange, PassThrough)
         head = self._head(adjusted, is_stream=is_stream)
         if is_stream:
-            response.begin(self._status, head, b"")
-            response.end(out)
+            response.begin(self._status, head, out, is_all=True)
         else:
             response.whole(self._status, head, out)
 

@@ -89,8 +89,10 @@ class Response:
         headers = {**reply.headers, "Content-Type": reply.content_type}
         self.whole(reply.status, render(reply.status, headers), reply.body)
 
-    def begin(self, status: int, head: bytes, out: bytes) -> None:
-        """Begin a reply whose length is not known, with the first of it."""
+    def begin(
+        self, status: int, head: bytes, out: bytes, *, is_all: bool = False
+    ) -> None:
+        """Begin a reply whose length is not known, with the first of it, or all."""
         if self._is_http11:
             self._is_chunked = True
             coding = b"Transfer-Encoding: chunked\r\n"
@@ -98,23 +100,26 @@ class Response:
             self.keep_alive = False
             coding = b""
         head = self._whole_head(status, head)
-        self._send(b"%b%b\r\n%b" % (head, coding, self._framed(out)))
+        framed = self._last(out) if is_all else self._framed(out)
+        self._send(b"%b%b\r\n%b" % (head, coding, framed))
 
     def write(self, out: bytes) -> None:
         self._send(self._framed(out))
 
     def end(self, out: bytes) -> None:
         """Say the last of it, and that it is the last."""
-        out = self._framed(out)
-        if self._is_chunked:
-            out += b"0\r\n\r\n"
-        if out:
-            self._send(out)
+        if last := self._last(out):
+            self._send(last)
 
     def _framed(self, out: bytes) -> bytes:
         if not self._is_chunked or not out:
             return out
         return b"%x\r\n%b\r\n" % (len(out), out)
+
+    def _last(self, out: bytes) -> bytes:
+        if not self._is_chunked:
+            return out
+        return b"%x\r\n%b\r\n0\r\n\r\n" % (len(out), out) if out else b"0\r\n\r\n"
 
     def _send(self, data: bytes) -> None:
         transport = self._client.transport

@@ -86,9 +86,9 @@ from proxy.providers.base import (
     token_query,
 )
 from proxy.redact import BUG, Redactor
-from proxy.relay import AHEAD_S, Relay, Terms
+from proxy.relay import AHEAD_S, Relay, Terms, shortest
 from proxy.response import Client as ClientConnection, Response, own_headers
-from proxy.upstream import Upstream
+from proxy.upstream import Prepared, Upstream, prepare
 from proxy.usage import UsageCounter
 
 logger = logging.getLogger(__name__)
@@ -428,7 +428,8 @@ _Wish: TypeAlias = tuple[str, Feature, str, bool, bool]
 class _Course(msgspec.Struct):
     """Who answers a wish; found once for all requests with the same one.
 
-    ``natives`` says by the endpoint's identity how the client's bytes are handed on.
+    ``natives`` says by the endpoint's identity how the client's bytes are handed on,
+    and ``prepared`` how that request begins.
     """
 
     model: Model
@@ -442,6 +443,7 @@ class _Course(msgspec.Struct):
     profile: str
     is_native: bool = False
     natives: dict[int, Native | None] = {}
+    prepared: dict[int, Prepared] = {}
 
 
 class _Begun(msgspec.Struct):
@@ -605,8 +607,16 @@ class _Handling:
         if member is None:
             return None
         outcome.endpoint, outcome.upstream_status = member.name, 0
+        prepared = None
         try:
             call = self._call(asked, member.endpoint)
+            if asked.is_native and not asked.credential:  # the same every time
+                key = id(member.endpoint)
+                if (prepared := course.prepared.get(key)) is None:
+                    # What is wrong with it is said when it is sent.
+                    with contextlib.suppress(UpstreamFault):
+                        prepared = prepare(call.url, call.headers)
+                        course.prepared[key] = prepared
         except Exception:  # it cannot be said there: nothing was asked
             pool.finished(member, None, now_s, self, is_complete=False)
             raise
@@ -619,6 +629,7 @@ class _Handling:
             outcome,
             self.started_s,
             asked.timeout_s,
+            prepared,
         )
         proxy.started(relay)
         return _Attempt(member, call, relay, pool)
@@ -791,6 +802,7 @@ class _Handling:
             keep_alive=proxy.settings.keep_alive,
             reply_headers=routes.reply_headers(path, model),
             clients_credential=settings.client_credentials,
+            shortest_s=shortest(timeouts, proxy.settings.keep_alive),
         )
         course = _Course(
             model,

@@ -5,7 +5,8 @@
 """
 
 from proxy.upstream.client import (
+    Prepared as Prepared,
     Upstream as Upstream,
-    UpstreamCall as UpstreamCall,
     UpstreamReply as UpstreamReply,
+    prepare as prepare,
 )

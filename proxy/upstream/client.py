@@ -326,6 +326,7 @@ class Upstream:
         method: str = "POST",
         unpack: bool = True,
         connect_s: float = CONNECT_S,
+        prepared: "Prepared | None" = None,
     ) -> "UpstreamCall":
         """Send a request, in an ``async with``; it gives the reply once its head is in.
 
@@ -334,10 +335,20 @@ class Upstream:
         Args:   endpoint: what error messages call it; a URL may hold secrets.
                 connect_s: how long a new connection may take.
                 unpack: undo a content encoding of the reply.
+                prepared: what ``prepare`` made of the URL and the headers.
         Raises: UpstreamUnreachable: no connection, or none that lasted so far.
         """
+        target = prepared.target if prepared is not None else _target(url)
         return UpstreamCall(
-            self, _target(url), headers, body, endpoint, method, unpack, connect_s
+            self,
+            target,
+            headers,
+            body,
+            endpoint,
+            method,
+            unpack,
+            connect_s,
+            prepared.head if prepared is not None else b"",
         )
 
     async def get(self, url: str, headers: Mapping[str, str], endpoint: str) -> bytes:
@@ -476,6 +487,7 @@ class UpstreamCall:
         method: str,
         unpack: bool,
         connect_s: float,
+        head: bytes,
     ) -> None:
         self._upstream = upstream
         self._target = target
@@ -485,6 +497,7 @@ class UpstreamCall:
         self._method = method
         self._unpack = unpack
         self._connect_s = connect_s
+        self._first_lines = head
         self._connection: Connection | None = None
 
     async def __aenter__(self) -> UpstreamReply:
@@ -584,16 +597,21 @@ class UpstreamCall:
         return not isinstance(self._body, bytes | None)
 
     def _send(self, connection: Connection) -> None:
-        head, body = self._head(), self._body
+        body = self._body
+        if self._first_lines and isinstance(body, bytes):
+            length = b"Content-Length: %d\r\n\r\n" % len(body)
+            connection.send(self._first_lines + length, body)
+            return
+        head = self._head()
         bodiless = self._method == "HEAD"
         if isinstance(body, bytes | None):
             connection.send(head, body or b"", bodiless=bodiless)
             return
-        length = self._headers.get("Content-Length")
+        given = self._headers.get("Content-Length")
         connection.send_stream(
             head,
             body,
-            length=None if length is None else int(length),
+            length=None if given is None else int(given),
             bodiless=bodiless,
         )
 
@@ -611,6 +629,19 @@ class UpstreamCall:
             ConnectTimeout if isinstance(error, TimeoutError) else UpstreamUnreachable
         )
         return kind(f"upstream {self._endpoint}: {_reason(error)}")
+
+
+class Prepared(NamedTuple):
+    """The beginning of requests that differ only in their bodies."""
+
+    target: _Target
+    head: bytes
+
+
+def prepare(url: str, headers: Mapping[str, str]) -> Prepared:
+    """Raises: UpstreamUnreachable: there can be no such request."""
+    target = _target(url)
+    return Prepared(target, _encoded_head(target, "POST", *headers.items()))
 
 
 # The same for one request after the other.
