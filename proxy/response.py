@@ -104,7 +104,17 @@ class Response:
         self._send(b"%b%b\r\n%b" % (head, coding, framed))
 
     def write(self, out: bytes) -> None:
-        self._send(self._framed(out))
+        """Go on with it. ``out`` is not empty."""
+        # Once per event of a stream, so nothing is called that need not be.
+        transport = self._client.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client is gone")
+        if self._is_chunked:
+            out = b"%x\r\n%b\r\n" % (len(out), out)
+        if self.outbox is not None and self.keep_alive:
+            self.outbox.write(transport, out)
+        else:
+            self._send(out)
 
     def end(self, out: bytes) -> None:
         """Say the last of it, and that it is the last."""
