@@ -70,12 +70,17 @@ class Message(msgspec.Struct):
 
     @property
     def text(self) -> str:
-        return "".join(part.text for part in self.parts if isinstance(part, TextPart))
+        if len(self.parts) == 1 and isinstance(self.parts[0], TextPart):
+            return self.parts[0].text
+        return "".join([part.text for part in self.parts if isinstance(part, TextPart)])
 
     @property
     def is_empty(self) -> bool:
         """True if there is nothing but (possibly no) empty text."""
-        return all(isinstance(part, TextPart) and not part.text for part in self.parts)
+        for part in self.parts:  # most end here with the first one
+            if not isinstance(part, TextPart) or part.text:
+                return False
+        return True
 
 
 class Tool(msgspec.Struct):

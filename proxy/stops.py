@@ -6,6 +6,7 @@ of either is held back until more text decides.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 # What well-known models end with. Only at the very end of an answer is it taken off:
 # "</s>" in the middle may well be HTML.
@@ -25,25 +26,34 @@ END_OF_TEXT = (
 )
 
 
+@lru_cache  # they are the configuration's, so there are few of them
+def _looks(ends: tuple[str, ...]) -> tuple[frozenset[str], int]:
+    """Return the first characters of all, and the length of the longest."""
+    return frozenset(end[0] for end in ends), max(map(len, ends), default=0)
+
+
 class Cutter:
     """Passes text on up to the first of ``stops``, and without a trailing ``ends``.
 
     ``is_cut`` is set at the first stop sequence; from then on nothing comes out.
     """
 
+    is_cut = False
+    _held = ""
+
     def __init__(self, stops: Sequence[str], ends: Sequence[str] = ()) -> None:
-        self.is_cut = False
         self._stops = tuple(stops)
         self._ends = tuple(ends)
-        self._first_chars = frozenset(s[0] for s in (*self._stops, *self._ends))
-        self._longest = max(map(len, (*self._stops, *self._ends)), default=0)
-        self._held = ""
+        self._first_chars, self._longest = _looks(self._ends)
+        if self._stops:
+            self._first_chars |= {stop[0] for stop in self._stops}
+            self._longest = max(self._longest, *map(len, self._stops))
 
     def feed(self, text: str) -> str:
         """Return what of the text so far is sure to belong to the answer."""
         if self.is_cut:
             return ""
-        if not self._held and self._first_chars.isdisjoint(text):
+        if not self._held and not self._may_begin(text):
             return text
         text = self._held + text
         if (cut := self._first_stop(text)) is not None:
@@ -54,8 +64,18 @@ class Cutter:
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
+    def _may_begin(self, text: str) -> bool:
+        """Whether any of the text's characters is the first of what is looked for."""
+        chars = self._first_chars
+        if len(text) < len(chars):
+            return not chars.isdisjoint(text)
+        # To look for one character is so fast that it pays to do it for each of few.
+        return any(map(text.__contains__, chars))
+
     def end(self) -> str:
         """Return the rest: what was held back and is no end marker."""
+        if not self._held:
+            return ""
         rest, self._held = self._held, ""
         for end in self._ends:
             if rest.endswith(end):

@@ -140,7 +140,7 @@ class ContextWindow(msgspec.Struct, frozen=True):
     max_user_input_tokens: int | None = None
 
 
-class Model(msgspec.Struct, frozen=True):
+class Model(msgspec.Struct, frozen=True, dict=True):
     """One model that clients may ask for.
 
     ``name`` is what the upstream calls it unless ``api_model`` (from
@@ -174,7 +174,7 @@ class Model(msgspec.Struct, frozen=True):
     model_cost: dict[str, object] | None = None
     fallback: str = ""
 
-    @property
+    @cached_property
     def ref(self) -> str:
         return f"{self.provider_id}::{self.api_version}::{self.id}"
 

@@ -103,7 +103,8 @@ def prepare(request: CompletionRequest, model: Model) -> CompletionRequest:
             f'model "{model.ref}" does not take images; if it does, add "vision" to '
             "its capabilities in modelConfiguration"
         )
-    _check_stops(request.stop)
+    if request.stop:
+        _check_stops(request.stop)
     messages = request.messages
     if model.strict_template:
         messages = fold(messages)
@@ -115,7 +116,7 @@ def prepare(request: CompletionRequest, model: Model) -> CompletionRequest:
         messages=messages,
         model=model.api_model or model.name,
         max_tokens=request.max_tokens and min(request.max_tokens, limit),
-        stop=list(dict.fromkeys([*request.stop, *model.stop])),
+        stop=[*dict.fromkeys((*request.stop, *model.stop))],
         reasoning_effort=request.reasoning_effort or model.reasoning_effort,
     )
 
@@ -132,7 +133,11 @@ def _check_stops(stops: list[str]) -> None:
 
 
 def _has_image(messages: list[Message]) -> bool:
-    return any(isinstance(part, ImagePart) for m in messages for part in m.parts)
+    for message in messages:
+        for part in message.parts:
+            if isinstance(part, ImagePart):
+                return True
+    return False
 
 
 def fold(messages: list[Message]) -> list[Message]:
