@@ -18,7 +18,7 @@ from proxy.dialects.base import (
     Writer,
     media_type,
 )
-from proxy.dialects.runs import Runs, decode_texts
+from proxy.dialects.runs import Runs, are_literal, decode_texts
 from proxy.errors import ProxyError, UpstreamFault, UpstreamGarbled, UpstreamReported
 from proxy.sse import Event, Parser
 from proxy.stops import Cutter
@@ -42,6 +42,18 @@ class Exchange:
     redact:         takes secrets out of an error's text.
     """
 
+    # What most replies begin with, or keep, is no work for each of them.
+    is_started = False  # something was said to the client
+    is_answering = False  # the upstream has begun its answer
+    is_ended = False
+    progress = 0  # grows with every read that goes on with the answer
+    error: ProxyError | None = None
+    adjusted: tuple[str, ...] = ()  # a translation says all there is to say
+    _finish_said = False
+    _is_overrun = False  # text came after the cut: nobody told the upstream
+    _held = b""  # of an event that has not ended yet, if the parser does not know it
+    _is_running = False  # an event begins next, of the answer's
+
     def __init__(
         self,
         reader: Reader,
@@ -53,12 +65,6 @@ class Exchange:
         cutter: Cutter | None = None,
         redact: Callable[[str], str] = str,
     ) -> None:
-        self.is_started = False  # something was said to the client
-        self.is_answering = False  # the upstream has begun its answer
-        self.is_ended = False
-        self.progress = 0  # grows with every read that goes on with the answer
-        self.error: ProxyError | None = None
-        self.adjusted: tuple[str, ...] = ()  # a translation says all there is to say
         self._reader = reader
         self._writer = writer
         self._stream = stream
@@ -66,14 +72,11 @@ class Exchange:
         self._redact = redact
         self._content_type = media_type(content_type)
         self._limit_bytes = limit_bytes
-        self._runs = Runs()
         self._parser: Parser | None = None
         if self._content_type == EVENT_STREAM:
-            self._parser = Parser(limit_bytes)
+            self._begin_events()
         self._body = bytearray()  # of a reply that is no event stream
         self._deltas: list[Delta] = []  # for a client that wants one body
-        self._finish_said = False
-        self._is_overrun = False  # text came after the cut: nobody told the upstream
 
     @property
     def is_finishing(self) -> bool:
@@ -92,7 +95,7 @@ class Exchange:
                 return b""
             data = bytes(self._body)
             self._body.clear()
-            self._parser = Parser(self._limit_bytes)
+            self._begin_events()
         out, fault = self._read_events(data)
         if fault is not None and not self._is_cut():
             return out + self._fail(fault)
@@ -122,6 +125,10 @@ class Exchange:
         if isinstance(error, UpstreamFault) and self._is_complete():
             return self._finish()
         return self._fail(error)
+
+    def _begin_events(self) -> None:
+        self._parser = Parser(self._limit_bytes)
+        self._runs = Runs()
 
     def _is_complete(self) -> bool:
         try:
@@ -154,34 +161,57 @@ class Exchange:
 
     def _read_events(self, data: bytes) -> tuple[bytes, UpstreamFault | None]:
         """Return what the events say, and the error that ends them, if any."""
-        parser, reader, runs = self._parser, self._reader, self._runs
-        assert parser is not None
+        reader = self._reader
         if not reader.understood and len(self._body) < _KEPT_BYTES:
             self._body += data
+        if self._held:
+            data, self._held = self._held + data, b""
         out, fault = b"", None
         while data and fault is None and not reader.ended:
-            deltas: list[Delta] = []
-            end = self._read_run(data, deltas) if parser.is_between else 0
+            end = 0
+            if self._is_running and len(data) <= self._limit_bytes:
+                end, said = self._say_run(data)
+                out += said
+                if not end and self._runs.can_wait(data):
+                    self._held = data
+                    break
             if not end:
-                # One by one until one was seen that the others may be like.
-                end = data.find(b"\n\n") + 2 if runs.is_learning else 0
-                end = end if end > 1 else len(data)
+                end = self._first(data)
+                deltas: list[Delta] = []
                 fault = self._read_parsed(data[:end], deltas)
+                if deltas:
+                    out += self._say(deltas)
             data = data[end:]
-            if deltas:
-                out += self._say(deltas)
         return out, fault
 
-    def _read_run(self, data: bytes, deltas: list[Delta]) -> int:
-        """Read what needs no parser at the start of ``data``; return its length."""
-        if self._reader.finished or len(data) > self._limit_bytes:
-            return 0
+    def _say_run(self, data: bytes) -> tuple[int, bytes]:
+        """Read what needs no parser at the start of ``data``; return its length, and
+        what it says.
+        """
         length, raw = self._runs.split(data)
-        texts = decode_texts(raw) if raw else None
+        if not length:
+            return 0, b""
+        if self._stream and self._cutter is None and are_literal(raw):
+            out = self._writer.literals(raw)
+            if out is not None:
+                self.is_answering = True
+                self.progress += 1
+                self.is_started = self.is_started or bool(out)
+                return length, out
+        texts = decode_texts(raw)
         if texts is None:
-            return 0
-        deltas += [Text(text) for text in texts if text]
-        return length
+            return 0, b""
+        return length, self._say([Text(text) for text in texts if text])
+
+    def _first(self, data: bytes) -> int:
+        """Return the length of what is to be parsed before the next look for a run: an
+        event if one can be learned from or a run may follow, else all of it.
+        """
+        runs = self._runs
+        if not (runs.may_go_on(data) if runs.is_known else runs.is_learning):
+            return len(data)
+        end = data.find(b"\n\n") + 2
+        return end if end > 1 else len(data)
 
     def _read_parsed(self, data: bytes, deltas: list[Delta]) -> UpstreamFault | None:
         parser, reader, runs = self._parser, self._reader, self._runs
@@ -200,6 +230,7 @@ class Exchange:
                 self._read_ignored(parser)
         except UpstreamFault as fault:
             return fault
+        self._is_running = parser.is_between and not reader.finished
         return None
 
     def _read_ignored(self, parser: Parser) -> None:

@@ -23,6 +23,8 @@ from proxy.errors import (
 from proxy.sse import Event, Parser, frame
 
 _BOM = b"\xef\xbb\xbf"
+_END = b"\n\n"
+_CR = ord("\r")  # as a number it is found much faster
 
 
 class PassThrough:
@@ -33,6 +35,18 @@ class PassThrough:
         several: the request asks for several answers at once, so the end of the
                  first one is not the end.
     """
+
+    # What most replies begin with, or keep, is no work for each of them.
+    is_started = False
+    is_answering = False
+    is_ended = False
+    progress = 0  # grows with every read that goes on with the answer
+    error: ProxyError | None = None
+    _tail = b""  # of an event that has not ended yet, which the parser knows
+    _held = b""  # the same, if it does not
+    _waiting = b""  # events before the first meaningful one
+    _is_reframed = False  # its line ends are not ours: cuts cannot be seen
+    _is_running = False  # an event begins next, of the answer's
 
     def __init__(
         self,
@@ -45,11 +59,6 @@ class PassThrough:
         several: bool = False,
         redact: Callable[[str], str] = str,
     ) -> None:
-        self.is_started = False
-        self.is_answering = False
-        self.is_ended = False
-        self.progress = 0  # grows with every read that goes on with the answer
-        self.error: ProxyError | None = None
         self._reader = reader
         self._writer = writer
         self._dialect = dialect
@@ -59,9 +68,6 @@ class PassThrough:
         self._parser = Parser(limit_bytes)
         self._runs = Runs()
         self._limit_bytes = limit_bytes
-        self._tail = b""  # of an event that has not ended yet
-        self._waiting = b""  # events before the first meaningful one
-        self._is_reframed = False  # its line ends are not ours: cuts cannot be seen
 
     @property
     def is_finishing(self) -> bool:
@@ -80,33 +86,67 @@ class PassThrough:
             return b""
         if self._fixer is None:
             return self._watch(data)
-        out = b""
-        while data and not self.is_ended:
-            end, has_text = self._run(data)
+        if self._held:
+            data, self._held = self._held + data, b""
+        said: list[bytes] = []
+        at = 0
+        while at < len(data) and not self.is_ended:
+            end = self._run(data, at) if self._is_running else 0
             if end:
-                self.progress += has_text
-                out += data[:end]
+                said.append(data[at:end])
+            elif self._is_running and self._can_wait(data, at):
+                self._held = data[at:]
+                break
             else:
-                # Event by event up to the answer, then all that is left.
-                end = len(data) if self.is_answering else data.find(b"\n\n") + 2
-                end = end if end > 1 else len(data)
-                out += self._receive(data[:end], self._fixer)
-            data = data[end:]
-        return out
+                end = self._next(data, at)
+                said.append(self._receive(data[at:end], self._fixer))
+            at = end
+        return said[0] if len(said) == 1 else b"".join(said)
+
+    def _run(self, data: bytes, start: int) -> int:
+        """Most of a stream only goes on with the text and need not be parsed: return
+        where that ends, 0 if there is none.
+        """
+        if len(data) > self._limit_bytes:
+            return 0
+        end, texts = self._runs.split(data, start)
+        if any(texts):
+            self.progress += 1
+        return end
+
+    def _can_wait(self, data: bytes, start: int) -> bool:
+        return len(data) <= self._limit_bytes and self._runs.can_wait(data[start:])
+
+    def _next(self, data: bytes, start: int) -> int:
+        """Return the end of what is to be parsed before the next look for a run: an
+        event up to the answer and where a run may follow, else all of it.
+        """
+        if self.is_answering and not self._runs.may_go_on(data, start):
+            return len(data)
+        end = data.find(_END, start)
+        return end + len(_END) if end >= 0 else len(data)
 
     def _receive(self, data: bytes, fixer: ReplyFixer) -> bytes:
         """Read events and return what to say of them."""
+        reader = self._reader
         deltas: list[Delta] = []
         events: list[Event] = []
-        fault = self._read(data, events, deltas)
-        added = None
-        if self._reader.ended and not self._reader.finished and fault is None:
-            added = fixer.missing_finish(self._reader.model)
-        out = self._whole_events(data, events, fixer, fault is not None, added)
+        is_clean = (
+            not (self._tail or self._is_reframed)
+            and data.endswith(_END)
+            and _CR not in data
+            and fixer.is_clean(data)
+        )
+        fault = self._read(data, events, deltas, is_clean)
+        if is_clean and fault is None and not self._is_reframed:
+            # Clients that read line by line would lose the first event to a mark.
+            out = data if self.is_answering else data.removeprefix(_BOM)
+        else:
+            out = self._whole_events(data, events, fixer, fault is not None)
         if deltas and type(deltas[-1]) is not Start:  # it can only be the first
             self.is_answering = True
             self.progress += 1
-        if self._reader.ended and not self.is_answering and fault is None:
+        if reader.ended and not self.is_answering and fault is None:
             fault = UpstreamReported("upstream ended the stream without an answer")
         if not self.is_answering:
             self._waiting += out
@@ -116,8 +156,10 @@ class PassThrough:
         self.is_started = self.is_started or bool(out)
         if fault is not None:
             return out + self._fail(fault)
-        if self._reader.ended:
-            self.is_ended = True
+        self.is_ended = reader.ended
+        self._is_running = self.is_answering and not (
+            self._tail or self._is_reframed or reader.finished
+        )
         return out
 
     def receive_eof(self) -> bytes:
@@ -151,25 +193,10 @@ class PassThrough:
             )
         self._reader.eof()
 
-    def _run(self, data: bytes) -> tuple[int, bool]:
-        """Most of a stream only goes on with the text and need not be parsed: return
-        the length of that, and whether there is any text in it.
-        """
-        if (
-            not self.is_answering
-            or self._tail
-            or self._is_reframed
-            or self._reader.finished
-            or len(data) > self._limit_bytes
-        ):
-            return 0, False
-        end, texts = self._runs.split(data)
-        return end, any(texts)
-
     def _watch(self, data: bytes) -> bytes:
         """Let the bytes through as they are."""
         deltas: list[Delta] = []
-        fault = self._read(data, [], deltas) if self.error is None else None
+        fault = self._read(data, [], deltas, False) if self.error is None else None
         if fault is not None:
             self.error = fault
         if deltas:
@@ -179,9 +206,12 @@ class PassThrough:
         return data
 
     def _read(
-        self, data: bytes, events: list[Event], deltas: list[Delta]
+        self, data: bytes, events: list[Event], deltas: list[Delta], is_clean: bool
     ) -> UpstreamFault | None:
-        """Fill the lists; return the error that ends them, if any."""
+        """Fill the lists; return the error that ends them, if any.
+
+        Args: is_clean: the bytes stay as they are.
+        """
         parser, reader, runs = self._parser, self._reader, self._runs
         try:
             for event in parser.feed(data):
@@ -193,10 +223,10 @@ class PassThrough:
                 events.append(event)
                 if runs.is_learning and len(deltas) == said + 1:
                     delta = deltas[said]
-                    if type(delta) is Text and not self._is_odd(event):
+                    if type(delta) is Text and (is_clean or not self._is_odd(event)):
                         runs.learn(event, delta.text, data)
-            if (parser.ignored or "").startswith("error:"):  # old llama.cpp
-                self._reader.read_odd(Event("error", (parser.ignored or "")[6:]))
+            if parser.ignored is not None and parser.ignored.startswith("error:"):
+                reader.read_odd(Event("error", parser.ignored[6:]))  # old llama.cpp
         except UpstreamFault as fault:
             return fault
         return None
@@ -205,26 +235,24 @@ class PassThrough:
         return self._fixer is None or self._fixer.fix(event.data) is not event.data
 
     def _whole_events(
-        self,
-        data: bytes,
-        events: list[Event],
-        fixer: ReplyFixer,
-        failed: bool,
-        added: str | None,
+        self, data: bytes, events: list[Event], fixer: ReplyFixer, failed: bool
     ) -> bytes:
         """Return the bytes of the given events, keep those of an unfinished one.
 
         Args: failed: the last one was an error, which is said in another way.
-              added: data of an event to put before the last one.
         """
-        if b"\r" in data:
+        reader = self._reader
+        added = None
+        if reader.ended and not reader.finished and not failed:
+            added = fixer.missing_finish(reader.model)
+        if _CR in data:
             # The parser has the beginning of the event; from now on it says the rest.
             self._is_reframed = True
             self._tail = b""
         cut = 0
         if not self._is_reframed:
             self._tail += data
-            cut = self._tail.rfind(b"\n\n") + 1
+            cut = self._tail.rfind(_END) + 1
             cut += cut > 0  # 0 if no event has ended
         fixed = [(event, fixer.fix(event.data)) for event in events]
         if added is not None:
@@ -232,7 +260,6 @@ class PassThrough:
         is_clean = added is None and all(event.data is text for event, text in fixed)
         if is_clean and not failed and not self._is_reframed:
             out, self._tail = self._tail[:cut], self._tail[cut:]
-            # Clients that read line by line would lose the first event to it.
             return out if self.is_answering else out.removeprefix(_BOM)
         self._tail = self._tail[cut:]
         return b"".join(frame(e.type, text) for e, text in fixed if text is not None)
@@ -249,6 +276,13 @@ class PassThrough:
 class PassedBody:
     """A reply in one piece. Methods and duties are those of ``Exchange``."""
 
+    is_started = False
+    is_answering = False
+    is_ended = False
+    is_finishing = False
+    progress = 0
+    error: ProxyError | None = None
+
     def __init__(
         self,
         reader: Reader,
@@ -257,12 +291,6 @@ class PassedBody:
         fixer: ReplyFixer | None,
         redact: Callable[[str], str] = str,
     ) -> None:
-        self.is_started = False
-        self.is_answering = False
-        self.is_ended = False
-        self.is_finishing = False
-        self.progress = 0
-        self.error: ProxyError | None = None
         self._reader = reader
         self._limit_bytes = limit_bytes
         self._fixer = fixer
@@ -281,14 +309,15 @@ class PassedBody:
 
     def receive_eof(self) -> bytes:
         body = bytes(self._body)
+        is_clean = False
         try:
-            self._reader.check_body(body)
+            is_clean = self._reader.check_body(body)
         except UpstreamFault as fault:
             self.error = fault
             if self._fixer is not None:
                 return self.receive_failure(fault)
         self.is_answering = self.is_ended = self.is_started = True
-        if self._fixer is None:
+        if self._fixer is None or is_clean:
             return body
         text = body.decode(errors="surrogateescape")
         fixed = self._fixer.fix(text)

@@ -109,22 +109,24 @@ class Parser:
         Raises:  EventTooLarge: an event exceeds ``limit``. What the same call completed
                  before it is lost, and every later call raises again.
         """
-        if self._between:
+        if self._at_start and not self._line and data and data[0] != _BOM[0]:
+            # No BOM: a first read of events need not go line by line.
+            self._at_start = False
+            self._between = True
+        size = len(data)
+        if self._between and size <= self._limit and _CR not in data:
             type = "message"
             line, _, rest = data.partition(b"\n")
             if rest != b"\n" and line.startswith(b"event: "):
                 type = line[7:].decode("utf-8", "replace") or type
                 line, _, rest = rest.partition(b"\n")
-            if (
-                rest == b"\n"
-                and line.startswith(b"data: ")
-                and _CR not in data
-                and len(data) <= self._limit
-            ):
+            if rest == b"\n" and line.startswith(b"data: "):
                 text = line[6:].decode("utf-8", "replace")
                 return [Event(type, text, self.last_event_id)]
+            if size <= _SLICE_BYTES and (run := self._read_run(data)):
+                return run
 
-        if len(data) <= _SLICE_BYTES:
+        if size <= _SLICE_BYTES:
             return self._read(data)
         events: list[Event] = []
         for start in range(0, len(data), _SLICE_BYTES):
@@ -153,9 +155,6 @@ class Parser:
         if self._after_cr and data:
             self._after_cr = False
             data = data.removeprefix(b"\n")
-        if self._at_start and data and not self._line:
-            # No BOM: a first read full of events need not go line by line.
-            self._at_start = data[0] == _BOM[0]
         if _CR in data:
             self._after_cr = data.endswith(b"\r")
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
@@ -165,7 +164,8 @@ class Parser:
         if end:
             lines = b"".join((self._line, data[:end]))
             self._line = bytearray(data[end:])
-            events = self._read_run(lines) or self._read_lines(lines)
+            is_run = not (self._size or self._at_start or len(lines) > self._limit)
+            events = (is_run and self._read_run(lines)) or self._read_lines(lines)
         else:
             self._line += data
         if self._size + len(self._line) > self._limit:
@@ -177,13 +177,7 @@ class Parser:
 
     def _read_run(self, lines: bytes) -> list[Event] | None:
         """Read ``lines`` if they are events of one data line each, else return None."""
-        if (
-            self._size
-            or self._at_start
-            or len(lines) > self._limit
-            or not lines.startswith(b"data: ")
-            or not lines.endswith(b"\n\n")
-        ):
+        if not lines.startswith(b"data: ") or not lines.endswith(b"\n\n"):
             return None
         values = lines[6:-2].split(b"\n\ndata: ")
         if lines.count(b"\n") != 2 * len(values):

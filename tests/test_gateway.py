@@ -84,6 +84,9 @@ class VendorWriter:
     def keep_alive(self):
         return b": vendor\n\n"
 
+    def literals(self, texts: list[bytes]) -> bytes | None:
+        return None
+
     def end(self) -> bytes:
         return b"end"
 

@@ -15,7 +15,7 @@ from proxy.dialects.adjust import (
 from proxy.dialects.anthropic import MessagesReader
 from proxy.dialects.anthropic_incoming import Messages
 from proxy.dialects.base import Head
-from proxy.dialects.openai import OpenAIReader
+from proxy.dialects.openai import OpenAIReader, _as_text_reply
 from proxy.dialects.openai_incoming import ChatCompletions
 from proxy.errors import (
     InvalidRequest,
@@ -265,6 +265,47 @@ def test_body_is_mended():
     passing.receive_data(json.dumps(reply).encode())
     fixed = json.loads(passing.receive_eof())
     assert fixed["id"] and fixed["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("change", "is_text"),
+    [
+        ({}, True),
+        ({"id": ""}, False),
+        ({"error": "x"}, False),
+        ({"message": {"content": "a", "tool_calls": []}}, True),
+        ({"message": {"content": "a", "tool_calls": [{}]}}, False),
+        ({"message": {"content": None}}, False),
+        ({"message": {"content": "a", "refusal": "b"}}, False),
+        ({"delta": {"content": "b"}}, False),
+        ({"finish_reason": "eos_token"}, False),
+        ({"finish_reason": "tool_calls"}, False),
+        ({"index": 1}, False),
+        ({"usage": {"prompt_tokens": "1"}}, False),
+    ],
+)
+def test_bodies_of_text_alone_are_known_to_be_clean(change, is_text):
+    reply = {"id": "x", "model": "m", "usage": {"prompt_tokens": 1}}
+    choice = {"message": {"content": "a"}, "finish_reason": "stop"}
+    for field, value in change.items():
+        (reply if field in ("id", "error", "usage") else choice)[field] = value
+    body = json.dumps(reply | {"choices": [choice]}).encode()
+    assert (_as_text_reply(body) is not None) == is_text
+    if is_text:
+        # It is read as any other one: what stops the short way here means nothing.
+        longer = json.dumps(reply | {"choices": [choice], "error": ""}).encode()
+        short, long = OpenAIReader(), OpenAIReader()
+        assert short.check_body(body) and not long.check_body(longer)
+        assert ReplyFixer("openai-chat").fix(body.decode()) == body.decode()
+        assert short.read_body(body) == long.read_body(longer)
+        assert vars(short) == vars(long)
+
+
+def test_body_that_is_not_utf8_is_left_as_it_is():
+    passing = body()
+    reply = b'{"id":"","choices":[{"text":"\xff","finish_reason":"stop"}]}'
+    passing.receive_data(reply)
+    assert passing.receive_eof() == reply
 
 
 def test_error_in_a_body_of_status_200():

@@ -6,11 +6,15 @@ import json
 import pytest
 from hypothesis import example, given, strategies as st
 
-from proxy.completion import Start, Text
+from proxy.completion import Delta, Start, Text
+from proxy.dialects.adjust import ReplyFixer
 from proxy.dialects.anthropic import MessagesReader
+from proxy.dialects.anthropic_incoming import MessagesWriter
 from proxy.dialects.base import quote_each
+from proxy.dialects.cody import CumulativeWriter, DeltaWriter
 from proxy.dialects.openai import OpenAIReader
-from proxy.dialects.runs import Runs
+from proxy.dialects.openai_incoming import ChatWriter, CompletionWriter
+from proxy.dialects.runs import Runs, are_literal
 from proxy.errors import UpstreamFault
 from proxy.exchange import Exchange
 from proxy.passthrough import PassThrough
@@ -37,6 +41,9 @@ class Collecting:
 
     def keep_alive(self):
         raise AssertionError("nobody waits here")
+
+    def literals(self, texts):
+        return self.frames([Text(json.loads(b'"%b"' % text)) for text in texts])
 
     def body(self, deltas):
         raise AssertionError("these are streams")
@@ -156,6 +163,72 @@ def test_bytes_that_pass_are_all_there(events):
 
     assert passed([stream]) == stream
     assert passed([bytes([byte]) for byte in stream]) == stream
+
+
+@given(st.lists(EVENTS, max_size=12), st.lists(st.integers(0, 5000), max_size=4))
+def test_what_passes_is_what_passes_event_by_event(events, cuts):
+    stream = b"".join([START, PLAIN, *events])
+    edges = [0, *sorted({at % len(stream) for at in cuts}), len(stream)]
+
+    def passed(reads):
+        passing = PassThrough(
+            OpenAIReader(),
+            ChatWriter("m"),
+            dialect="openai-chat",
+            limit_bytes=10**6,
+            fixer=ReplyFixer("openai-chat"),
+        )
+        try:
+            out = b"".join(map(passing.receive_data, reads)) + passing.receive_eof()
+        except UpstreamFault as fault:
+            return fault.message
+        # Not its bytes: comments go missing where another event is replaced.
+        return Parser().feed(out), passing.adjusted, passing.is_answering
+
+    expected = passed([event + b"\n\n" for event in stream.split(b"\n\n")])
+    assert passed([stream[a:b] for a, b in itertools.pairwise(edges)]) == expected
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DeltaWriter(8, True),
+        lambda: CumulativeWriter(1, True),
+        lambda: ChatWriter("m"),
+        lambda: CompletionWriter("m"),
+        lambda: MessagesWriter("m"),
+    ],
+)
+@given(st.lists(st.text('ab "\\\n/~', min_size=1), min_size=1))
+def test_literals_are_said_like_any_text(make, texts):
+    first: list[Delta] = [Start("id", "m"), Text("first")]
+    quoted, plain = make(), make()
+    assert quoted.frames(first) == plain.frames(first)
+    raw = [json.dumps(text).encode("ascii")[1:-1] for text in texts]
+    assert are_literal(raw)
+    said = quoted.literals(raw)
+    if said is not None:
+        assert said == plain.frames([Text(text) for text in texts])
+        assert quoted.keep_alive() == plain.keep_alive()
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"\\/", b"\\u0041", b"\xc3\xa9", b"\x7f", b"\x01", b"\t"]
+)
+def test_what_is_no_literal(raw):
+    assert not are_literal([b"a", raw, b"b"])
+
+
+def test_what_can_wait_for_the_rest_of_its_event():
+    runs = learnt()
+    for size in range(1, len(PLAIN)):
+        assert runs.can_wait(PLAIN[:size])
+    assert not runs.can_wait(PLAIN)  # nothing is missing
+    assert not runs.can_wait(PLAIN[:-2] + b"\r")
+    assert not runs.can_wait(PLAIN[:-1] + b"error: {}\n")  # to be seen at once
+    assert not runs.can_wait(PLAIN[:-1].replace(b"word", b"word" * 1024))
+    assert not runs.can_wait(FINISH[:-1])
+    assert not Runs().can_wait(b"data: ")
 
 
 def learnt(first: bytes = PLAIN, text: str = "word") -> Runs:

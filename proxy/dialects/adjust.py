@@ -8,6 +8,7 @@ What needs no fix-up keeps its bytes.
 
 import json
 import random
+import re
 import time
 from collections.abc import Callable
 from typing import TypeAlias
@@ -254,6 +255,11 @@ _OPENAI_SIGNS = (
     '"tool_calls":{',
     '"arguments":{',
 )
+# The same in bytes, and what makes the rest of a reply one with calls: with one search.
+_SIGNS = re.compile(
+    rb'"(?:finish_reason": ?""|stop_sequence"|eos_token"|id": ?""|tool_calls":'
+    rb'|arguments":\{)'
+)
 _OPENAI_REASONS = {
     "stop": "stop",
     "stop_sequence": "stop",
@@ -277,6 +283,14 @@ class ReplyFixer:
         self._made_id = self._made_id or f"chatcmpl-{random.getrandbits(96):024x}"
         return self._made_id
 
+    def is_clean(self, events: bytes) -> bool:
+        """Whether ``fix`` would surely leave whole events as they are, and remember
+        nothing of them.
+        """
+        return not self._is_openai or not (
+            self._has_calls or _SIGNS.search(events) or b"null\n" in events
+        )
+
     def fix(self, data: str) -> str | None:
         """Return the data of an event as clients expect it, None to leave it out."""
         if not self._is_openai:
@@ -296,7 +310,7 @@ class ReplyFixer:
     def _fix_openai(self, data: str) -> str:
         try:
             value = msgspec.json.decode(data)
-        except (msgspec.DecodeError, RecursionError):
+        except (msgspec.DecodeError, UnicodeError, RecursionError):
             return data
         if not isinstance(value, dict) or not self._fix_value(value):
             return data

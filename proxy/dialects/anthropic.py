@@ -263,7 +263,6 @@ class MessagesReader(Reader):
     """Reads the events of a streamed message, and whole messages."""
 
     def __init__(self) -> None:
-        super().__init__()
         # Content block index -> (number among the tool calls, id, name).
         self._calls: dict[int, tuple[int, str, str]] = {}
         self._input_tokens = 0

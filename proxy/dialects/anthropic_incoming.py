@@ -44,6 +44,7 @@ from proxy.dialects.base import (
     Writer,
     client_status,
     error_headers,
+    frame_each,
     quote_each,
     texts_of,
     upstream_words,
@@ -534,6 +535,9 @@ class _Writer:
     def keep_alive(self) -> bytes:
         return _event("ping", '{"type":"ping"}').encode("ascii")
 
+    def literals(self, texts: list[bytes]) -> bytes | None:
+        return None
+
     def error(self, error: ProxyError) -> bytes:
         type = _type_of(_status_of(error))
         if isinstance(error, UpstreamReported) and error.type in _KNOWN_TYPES:
@@ -610,6 +614,12 @@ class MessagesWriter(_Writer):
             else:
                 self._note(delta)
         return "".join(out).encode("ascii")
+
+    def literals(self, texts: list[bytes]) -> bytes | None:
+        if self._kind != "text":
+            return None
+        before = f'{self._head}"'.encode("ascii")
+        return frame_each(texts, before, f'"{_DELTA_TAIL}'.encode("ascii"))
 
     def end(self) -> bytes:
         out: list[str] = []

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Protocol, TypeVar, cast
 
 import msgspec
@@ -80,6 +81,7 @@ class Reply(msgspec.Struct):
     headers: dict[str, str] = {}
 
 
+@lru_cache(maxsize=256)
 def media_type(content_type: str) -> str:
     """Return a content type without its parameters, lower case."""
     return content_type.partition(";")[0].strip().lower()
@@ -139,6 +141,13 @@ class Writer(Protocol):
 
     def keep_alive(self) -> bytes:
         """A frame that says nothing, between two others or before the first one."""
+        ...
+
+    def literals(self, texts: list[bytes]) -> bytes | None:
+        """Return the frames of texts that are not empty and stand in JSON as they are.
+
+        None: there is no short way to say them, or not now.
+        """
         ...
 
 
@@ -202,6 +211,11 @@ def quote_each(texts: list[str], before: str, after: str) -> str:
     return before + strings.replace("\n", after + before) + after
 
 
+def frame_each(texts: list[bytes], before: bytes, after: bytes) -> bytes:
+    """The same for texts that stand in JSON as they are."""
+    return before + (after + before).join(texts) + after
+
+
 _ONLY_TEXT = {Text}
 
 _T = TypeVar("_T")
@@ -238,10 +252,8 @@ class Reader:
     ended = False
     usage: Usage | None = None
     model = ""
-
-    def __init__(self) -> None:
-        self.understood = False
-        self._skipped = ""
+    understood = False
+    _skipped = ""
 
     def read(self, event: Event, out: list[Delta]) -> None:
         """Append what ``event`` says to ``out``.
@@ -257,12 +269,14 @@ class Reader:
         """
         raise NotImplementedError
 
-    def check_body(self, body: bytes) -> None:
-        """Look for an error and for usage in a whole reply that passes.
+    def check_body(self, body: bytes) -> bool:
+        """Look for an error and for usage in a whole reply that passes. Return whether
+        it is known to be as clients expect it.
 
         Raises: UpstreamFault: like ``read_body``.
         """
         self.read_body(body)
+        return False
 
     def read_odd(self, event: Event) -> None:
         """Look at an event that is not of this dialect.

@@ -38,6 +38,7 @@ from proxy.dialects.base import (
     Writer,
     at_least_zero,
     error_headers,
+    frame_each,
     positive,
     quote_each,
     texts_of,
@@ -275,11 +276,16 @@ def _rstrip(message: Message) -> Message:
 # ---------------------------------------------------------------------------- request
 
 
+_VERSIONS = {"": 0, **{str(version): version for version in range(MAX_VERSION + 1)}}
+
+
 def parse_version(value: str) -> int:
     """Return the api-version, 0 for a legacy client, at most the highest we speak.
 
     Raises: UnsupportedVersion: not a number.
     """
+    if (version := _VERSIONS.get(value)) is not None:  # what clients send
+        return version
     text = value.strip()
     if not text:
         return 0
@@ -336,6 +342,7 @@ def _request(feature: Feature, version: int, wire: _BodyWire) -> CompletionReque
     messages = wire.messages or []
     if not messages and wire.prompt:  # clients of early 2023
         messages = [_MessageWire("human", wire.prompt)]
+    stops = wire.stop_sequences or []
     return CompletionRequest(
         feature=feature,
         messages=_convert(version, [_message(message) for message in messages]),
@@ -346,7 +353,7 @@ def _request(feature: Feature, version: int, wire: _BodyWire) -> CompletionReque
         temperature=at_least_zero(wire.temperature),
         top_p=_below_one(wire.top_p),
         top_k=positive(wire.top_k),
-        stop=list(dict.fromkeys(stop for stop in wire.stop_sequences or () if stop)),
+        stop=[*dict.fromkeys([stop for stop in stops if stop])] if stops else [],
         # An older client could not read the calls.
         tools=[_tool(t.function) for t in wire.tools or () if version >= TOOLS_VERSION],
     )
@@ -463,19 +470,25 @@ class _Writer:
         return plain_error(_plain_status(error), message, error_headers(error))
 
     def body(self, deltas: list[Delta]) -> bytes:
-        finish = next((d for d in deltas if isinstance(d, Finish)), Finish(""))
-        reply: dict[str, object] = {
-            "completion": "".join(d.text for d in deltas if isinstance(d, Text)),
-            "stopReason": finish.reason,
-        }
-        for delta in deltas if self._version >= USAGE_VERSION else ():
+        text = "".join([d.text for d in deltas if type(d) is Text])
+        reason = next((d.reason for d in deltas if type(d) is Finish), "")
+        reply = f'{{"completion":{_quote(text)},"stopReason":{_quote(reason)}'
+        if self._version >= USAGE_VERSION and (more := self._more(deltas)):
+            # Put together, since an encoder for this form costs more than the rest.
+            reply += "," + json.dumps(more, separators=(",", ":"))[1:-1]
+        return f"{reply}}}\n".encode("ascii")
+
+    def _more(self, deltas: list[Delta]) -> dict[str, object]:
+        """What newer versions know of a whole reply, besides its text."""
+        more: dict[str, object] = {}
+        for delta in deltas:
             if isinstance(delta, Usage):
-                reply["usage"] = _usage(delta)
+                more["usage"] = _usage(delta)
             elif isinstance(delta, Start) and delta.model:
-                reply["model"] = delta.model
+                more["model"] = delta.model
         if self._version >= TOOLS_VERSION:
-            reply |= _thoughts_and_calls(deltas)
-        return json.dumps(reply, separators=(",", ":")).encode("ascii") + b"\n"
+            more |= _thoughts_and_calls(deltas)
+        return more
 
 
 _MOST_REPEATED_CHARS = 64 * 1024
@@ -506,9 +519,24 @@ class CumulativeWriter(_Writer):
         """
         texts = [delta.text for delta in deltas if type(delta) is Text]
         text = "".join(texts)
-        if len(texts) * (len(self._quoted) + len(text)) <= _MOST_REPEATED_CHARS:
+        if not self._is_too_much(len(texts), len(text)):
             return deltas
         return [Text(text), *(delta for delta in deltas if type(delta) is not Text)]
+
+    def _is_too_much(self, frames: int, new_chars: int) -> bool:
+        return frames * (len(self._quoted) + new_chars) > _MOST_REPEATED_CHARS
+
+    def literals(self, texts: list[bytes]) -> bytes | None:
+        new = [text.decode("ascii") for text in texts]
+        if len(new) > 1 and "\\" in "".join(new):
+            return None  # what is too much counts the text, not what it is written as
+        if len(new) > 1 and self._is_too_much(len(new), sum(map(len, new))):
+            new = ["".join(new)]
+        out = []
+        for text in new:
+            self._quoted += text
+            out.append(self._frame('""'))
+        return "".join(out).encode("ascii")
 
     def keep_alive(self) -> bytes:
         return self._frame('""').encode("ascii")
@@ -521,6 +549,7 @@ class CumulativeWriter(_Writer):
 
 
 _DELTA = 'event: completion\ndata: {"deltaText":'
+_DELTA_LITERAL = f'{_DELTA}"'.encode("ascii")
 
 
 class DeltaWriter(_Writer):
@@ -542,6 +571,9 @@ class DeltaWriter(_Writer):
     def keep_alive(self) -> bytes:
         # Its clients' parser stops at a comment for good.
         return f'{_DELTA}""}}\n\n'.encode("ascii")
+
+    def literals(self, texts: list[bytes]) -> bytes | None:
+        return frame_each(texts, _DELTA_LITERAL, b'"}\n\n')
 
     def _fields(self, delta: Delta) -> str:
         """Everything but text; "" for what the client's version does not know."""

@@ -147,6 +147,9 @@ class GatewayWriter:
         # The decoders of its clients know pings, but no comments.
         return self._inner.keep_alive() if self._provider == "anthropic" else b""
 
+    def literals(self, texts: list[bytes]) -> bytes | None:
+        return self._inner.literals(texts)
+
     def error(self, error: ProxyError) -> bytes:
         return self._inner.error(error)
 

@@ -199,7 +199,6 @@ class GeminiReader(Reader):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self._calls = 0
 
     def read(self, event: Event, out: list[Delta]) -> None:

@@ -403,6 +403,9 @@ class ContentWriter:
     def keep_alive(self) -> bytes:
         return b""  # its clients take every event for a part of the answer
 
+    def literals(self, texts: list[bytes]) -> bytes | None:
+        return None
+
     def end(self) -> bytes:
         # Clients look for the text of the first part without asking if there is one.
         parts = self._call_parts() or [{"text": ""}]

@@ -168,6 +168,8 @@ def _sampling(request: CompletionRequest, profile: Profile) -> _Body:
 
 def _messages(message: Message) -> list[_Message]:
     """One neutral message; each tool result is a message of its own here."""
+    if len(message.parts) == 1 and isinstance(message.parts[0], TextPart):
+        return [_Message(message.role, message.parts[0].text)]  # the usual case
     results = [
         _Message("tool", part.content, tool_call_id=part.id)
         for part in message.parts
@@ -279,12 +281,39 @@ class _Chunk(msgspec.Struct, gc=False):
     error: object = None
 
 
+class _TextMessage(msgspec.Struct, gc=False):
+    content: str
+    refusal: None = None
+    reasoning_content: None = None
+    reasoning: None = None
+    tool_calls: Annotated[list[object], msgspec.Meta(max_length=0)] | None = None
+
+
+class _TextChoice(msgspec.Struct, gc=False):
+    finish_reason: Literal["stop", "length"]
+    message: _TextMessage
+    index: Literal[0] = 0
+    delta: None = None
+
+
+class _TextReply(msgspec.Struct, gc=False):
+    """Most whole replies: text and nothing else, just as it should be. Any other is
+    looked at more closely.
+    """
+
+    id: Annotated[str, msgspec.Meta(min_length=1)]
+    model: str
+    choices: Annotated[list[_TextChoice], msgspec.Meta(min_length=1, max_length=1)]
+    usage: _Usage | None = None
+    error: None = None
+
+
 class _WholeChoice(msgspec.Struct, gc=False):
     finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class _Whole(msgspec.Struct, gc=False):
-    """A reply that is as it should be; any other is looked at more closely."""
+    """A reply that is at least complete."""
 
     choices: list[_WholeChoice]
     usage: _Usage | None = None
@@ -293,15 +322,23 @@ class _Whole(msgspec.Struct, gc=False):
 
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 _decode_whole = msgspec.json.Decoder(_Whole).decode
+_decode_text_reply = msgspec.json.Decoder(_TextReply).decode
+
+
+def _as_text_reply(body: bytes) -> _TextReply | None:
+    try:
+        return _decode_text_reply(body)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return None
 
 
 class OpenAIReader(Reader):
     """Reads chunks of either route, and whole replies of either."""
 
+    _last_call = 0
+
     def __init__(self) -> None:
-        super().__init__()
         self._calls: dict[int, tuple[str, str]] = {}
-        self._last_call = 0
         self._unnamed: dict[int, str] = {}
 
     def read(self, event: Event, out: list[Delta]) -> None:
@@ -320,6 +357,8 @@ class OpenAIReader(Reader):
             self.read_odd(event)
 
     def read_body(self, body: bytes) -> list[Delta]:
+        if (reply := _as_text_reply(body)) is not None:
+            return self._read_text_reply(reply)
         out: list[Delta] = []
         chunk = decode_typed(body, _Chunk, _decode_chunk)
         if chunk is None or chunk.error or not chunk.choices:
@@ -330,7 +369,27 @@ class OpenAIReader(Reader):
         self.finished = self.ended = True
         return out
 
-    def check_body(self, body: bytes) -> None:
+    def _read_text_reply(self, reply: _TextReply) -> list[Delta]:
+        self.understood = self.finished = self.ended = True
+        self.model = reply.model
+        if reply.usage is not None:
+            self._keep_usage(reply.usage)
+        (choice,) = reply.choices
+        out: list[Delta] = [Start(reply.id, reply.model)]
+        if choice.message.content:
+            out.append(Text(choice.message.content))
+        out.append(Finish(choice.finish_reason))
+        return out
+
+    def check_body(self, body: bytes) -> bool:
+        if (reply := _as_text_reply(body)) is not None:
+            if reply.usage is not None:
+                self._keep_usage(reply.usage)
+            return True
+        self._check_other_body(body)
+        return False
+
+    def _check_other_body(self, body: bytes) -> None:
         try:
             reply = _decode_whole(body)
         except (msgspec.DecodeError, UnicodeError, RecursionError):

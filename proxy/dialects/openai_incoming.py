@@ -46,6 +46,7 @@ from proxy.dialects.base import (
     Writer,
     client_status,
     error_headers,
+    frame_each,
     positive,
     quote_each,
     texts_of,
@@ -621,16 +622,17 @@ class _Writer:
     _CHUNK_OBJECT: ClassVar[str]
     _TEXT_CHOICE: ClassVar[tuple[str, str]]
 
+    _id = ""
+    _usage: Usage | None = None
+    _is_finished = False
+    _head = ""  # of every frame, up to its choice; "" until the first one
+    _tail = ""
+    _text_head = ""
+    _text_tail = ""
+
     def __init__(self, model: str, *, include_usage: bool = False) -> None:
-        self._id = ""
         self._model = model
         self._include_usage = include_usage
-        self._usage: Usage | None = None
-        self._is_finished = False
-        self._head = ""  # of every frame, up to its choice; "" until the first one
-        self._tail = ""
-        self._text_head = ""
-        self._text_tail = ""
 
     def frames(self, deltas: list[Delta]) -> bytes:
         if self._head and (texts := texts_of(deltas)) is not None:
@@ -647,6 +649,12 @@ class _Writer:
 
     def keep_alive(self) -> bytes:
         return COMMENT
+
+    def literals(self, texts: list[bytes]) -> bytes | None:
+        if not self._head:
+            return None
+        before = f'{self._text_head}"'.encode("ascii")
+        return frame_each(texts, before, f'"{self._text_tail}'.encode("ascii"))
 
     def end(self) -> bytes:
         out: list[str] = []

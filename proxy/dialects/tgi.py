@@ -322,6 +322,9 @@ class GenerateWriter:
     def keep_alive(self) -> bytes:
         return COMMENT  # TGI sends empty ones itself
 
+    def literals(self, texts: list[bytes]) -> bytes | None:
+        return None
+
     def end(self) -> bytes:
         """The whole text goes with a last token, and here nobody knew which piece of
         the answer would be the last: so one of no text follows."""
