@@ -221,7 +221,7 @@ class Exchange:
                 said = len(deltas)
                 reader.read(event, deltas)
                 if reader.ended:
-                    return None
+                    break
                 if runs.is_learning and len(deltas) == said + 1:
                     delta = deltas[said]
                     if type(delta) is Text:

@@ -127,6 +127,17 @@ def test_text_before_an_error_in_one_read_is_said_first():
     )
 
 
+def test_an_error_in_a_field_is_seen_before_an_end_in_the_same_read():
+    subject = exchange()
+    out = subject.receive_data(b"".join(openai_chunks(["a", "b"], finish=None)[:2]))
+    field = b'error: {"message":"out of memory"}\n\n'
+    other = data({"choices": [{"index": 0, "delta": {"role": "assistant"}}]})
+    out += subject.receive_data(field + other + b"data: [DONE]\n\n")
+    assert texts(out) == "ab"
+    assert b"out of memory" in out and subject.is_ended
+    assert isinstance(subject.error, UpstreamReported)
+
+
 def test_truncated_stream_says_what_there_was_and_an_error():
     subject = exchange()
     out = run(subject, [STREAMS["truncated"]])
