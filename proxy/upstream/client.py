@@ -89,8 +89,13 @@ class UpstreamReply:
         self._connection = connection
         self.status = connection.status
         self._unpacker = None
+        # Returns what has arrived, b"" if that is nothing. Raises: UpstreamGarbled: it
+        # cannot be unpacked.
+        self.take: Callable[[], bytes] = connection.take
         if unpack and "content-encoding" in connection.headers:
             self._unpacker = _unpacker(self.header("content-encoding").lower())
+            if self._unpacker is not None:
+                self.take = partial(self._unpack, self._unpacker)
 
     def header(self, name: str) -> str:
         """Return the first header of that name (lower case), "" if there is none."""
@@ -141,14 +146,7 @@ class UpstreamReply:
         """
         self._connection.listener = listener
 
-    def take(self) -> bytes:
-        """Return what has arrived, b"" if that is nothing.
-
-        Raises: UpstreamGarbled: it cannot be unpacked.
-        """
-        unpacker = self._unpacker
-        if unpacker is None:
-            return self._connection.take()
+    def _unpack(self, unpacker: "_Unpacker") -> bytes:
         try:
             # A little at a time: what is packed may be a thousand times as large.
             while not (data := unpacker.take()):
