@@ -19,9 +19,8 @@ import aiohttp.web_protocol
 import pytest
 import yaml
 
-from proxy import server
 from proxy.__main__ import main
-from proxy.server import Proxy
+from proxy.server import Proxy, handling
 from tests.support.client import RawReply, connect, request
 from tests.support.fixtures import (
     QUESTION,
@@ -957,7 +956,7 @@ async def test_secrets_are_not_in_the_traceback_of_a_bug(
         raise RuntimeError(f"a bug with {KEY} and {PASSWORD} and {QUERY_KEY}")
 
     monkeypatch.setattr(Proxy, "interruptible", fail)
-    monkeypatch.setattr(server, "Relay", fail)
+    monkeypatch.setattr(handling, "Relay", fail)
     given = {"Authorization": f"Bearer {TOKEN}"}
     for path in (CHAT, TOKENIZE):
         raw = await request(proxy.url, path=path, headers=given, body=ASK)
