@@ -179,6 +179,7 @@ class Connection(web.RequestHandler):
         "_head_bytes",
         "_held",
         "_held_bytes",
+        "_is_between",
         "_server",
         "_visit",
         "_wanted_bytes",
@@ -195,6 +196,8 @@ class Connection(web.RequestHandler):
         # Until the first request is begun, and of a head that is incomplete.
         self._clock: asyncio.TimerHandle | None = None
         self._head_bytes = 0
+        # aiohttp's parser holds no beginning of a request that this might go on with.
+        self._is_between = True
 
     @property
     def remote(self) -> str:
@@ -255,11 +258,12 @@ class Connection(web.RequestHandler):
         """Have a whole request answered, by a visit if that can be."""
         server, waiter = self._server, self._waiter
         visitor = server.visitor
-        known = visitor.known.get(head)
+        known = visitor.known.get(head) if self._is_between else None
         if known is not None:
             self._visit = visitor.visit(self, known, data[begin:])
             if self._visit is None:
                 self._parse(data)
+                self._is_between = True
             elif self._clock is not None:
                 self._stop_clock()
             return
@@ -269,6 +273,8 @@ class Connection(web.RequestHandler):
         message, payload = self._messages[0] if self._messages else (None, None)
         if isinstance(message, RawRequestMessage) and payload is not None:
             known = visitor.meet(head, message)
+            # Then the parser has found this request in it, and nothing before.
+            self._is_between = known is not None
             # A long body makes aiohttp stop reading until somebody takes it.
             is_whole = payload.is_eof() and not self._reading_paused
             if known is not None and is_whole and len(self._messages) == 1:
@@ -282,6 +288,7 @@ class Connection(web.RequestHandler):
 
     def _parse(self, data: bytes) -> None:
         """Let aiohttp have it."""
+        self._is_between = False
         super().data_received(data)
         # Whether a request is waited for; most come whole, and this is all they cost.
         waiter = self._waiter

@@ -160,6 +160,29 @@ async def test_requests_in_a_row_are_answered_in_a_row(bare, upstream):
     assert [len(more[0]["content"]) if more else 0 for more in asked] == list(range(6))
 
 
+async def test_the_rest_of_a_request_is_none_of_its_own(proxy):
+    """Though it looks like one: its beginning came together with another request."""
+    data = asking(proxy)
+    plain = build_request(proxy.url, "GET", "/healthz", (), None, False)
+    begun = b"GET /healthz HTTP/1.1\r\nHost: a\r\nX: "
+    async with connect(proxy.url) as connection:
+        assert (await ask(connection, data)).json() == ANSWER
+        assert (await ask(connection, plain + begun)).status == 200
+        await asyncio.sleep(0.01)
+        answered = await ask(connection, data)
+        assert answered.header("Content-Type") == "text/plain; charset=utf-8"
+    assert len(proxy.outcomes) == 1
+
+
+async def test_a_connection_has_visits_again_after_other_requests(proxy):
+    plain = build_request(proxy.url, "GET", "/healthz", (), None, False)
+    async with connect(proxy.url) as connection:
+        for _ in range(3):
+            assert (await ask(connection, asking(proxy))).json() == ANSWER
+            assert (await ask(connection, plain)).status == 200
+    assert proxy.tasks == 3
+
+
 async def test_more_than_is_held_is_left_with_the_client(bare, upstream, monkeypatch):
     proxy = bare
     monkeypatch.setattr(connections, "MOST_HELD_BYTES", 64 * 1024)
