@@ -358,7 +358,9 @@ class Connection(web.RequestHandler):
         if self._head_bytes > HEAD_LINES * server.header_bytes:
             server.refused["header_size"] += 1
             limit = HEAD_LINES * server.header_bytes
-            self._end(_too_large(f"it exceeds {limit} bytes"))
+            reply = _too_large(f"it exceeds {limit} bytes")
+            # In a later turn: the reply before it may still wait for the end of this one.
+            self._loop.call_soon(self._end, reply)
 
     def _stop_clock(self) -> None:
         if self._clock is not None:

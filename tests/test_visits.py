@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -181,6 +182,37 @@ async def test_a_connection_has_visits_again_after_other_requests(proxy):
             assert (await ask(connection, asking(proxy))).json() == ANSWER
             assert (await ask(connection, plain)).status == 200
     assert proxy.tasks == 3
+
+
+async def test_a_head_too_large_is_refused_after_the_reply_before_it(start):
+    """Both come in one turn of the loop, at the end of which the reply goes out."""
+    loop = asyncio.get_running_loop()
+    wrong: list[Any] = []
+    loop.set_exception_handler(lambda _, context: wrong.append(context))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setblocking(False)
+        block = model_configuration(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        proxy = await start(block, limits={"headerBytes": 1024})
+        port = int(proxy.url.rpartition(":")[2])
+        client = socket.create_connection(("127.0.0.1", port))
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client.sendall(asking(proxy))
+        asked, _ = await loop.sock_accept(listening)
+        with client, asked:
+            asked.setblocking(False)
+            client.setblocking(False)
+            await loop.sock_recv(asked, 2**16)
+            asked.send(json_reply(ANSWER))
+            await loop.sock_recv(client, 2**16)
+            client.send(asking(proxy))
+            await loop.sock_recv(asked, 2**16)
+            asked.send(json_reply(ANSWER))
+            client.send(b"GET / HTTP/1.1\r\n" + b"X: %b\r\n" % (b"a" * 800) * 7)
+            heard = b""
+            while data := await loop.sock_recv(client, 2**16):
+                heard += data
+    assert re.findall(rb"HTTP/1.1 (\d+)", heard) == [b"200", b"431"]
+    assert not wrong
 
 
 async def test_more_than_is_held_is_left_with_the_client(bare, upstream, monkeypatch):
