@@ -345,7 +345,7 @@ class Connection(web.RequestHandler):
             self.data_received(data)
 
     def _process_keepalive(self) -> None:
-        if self._visit is not None:
+        if self._held or self._visit is not None:
             self._next_keepalive_close_time = self._loop.time() + self._server.idle_s
         super()._process_keepalive()
 

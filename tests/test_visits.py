@@ -429,6 +429,18 @@ async def test_a_connection_is_idle_only_between_requests(upstream, start):
     assert proxy.tasks == 0
 
 
+async def test_a_connection_is_not_idle_within_a_request(upstream, start):
+    """A body may be on its way when the time is up."""
+    upstream.script(json_reply(ANSWER))
+    proxy = await start(model_configuration(upstream.url), timeouts={"idle": 0.3})
+    data = asking(proxy)
+    async with connect(proxy.url) as connection:
+        await asyncio.sleep(0.2)
+        await connection.send(data[:-1])
+        await asyncio.sleep(0.2)
+        assert (await ask(connection, data[-1:])).json() == ANSWER
+
+
 @pytest.fixture
 async def both(upstream: ScriptedUpstream) -> AsyncIterator[list[RunningProxy]]:
     """A proxy with visits, and one without."""
