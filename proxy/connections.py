@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
+import aiohttp
 from aiohttp import web
 from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
@@ -32,6 +33,19 @@ LINGER_S = 1.0
 MOST_LINGERING = 256
 # A whole head is at most that many times as long as one line of it.
 HEAD_LINES = 4
+# What a visit needs of aiohttp's inside; a later version may call it something else.
+_INSIDE = (
+    "_force_close",
+    "_keepalive",
+    "_keepalive_handle",
+    "_loop",
+    "_messages",
+    "_next_keepalive_close_time",
+    "_parser",
+    "_reading_paused",
+    "_waiter",
+)
+CAN_VISIT = all(hasattr(web.RequestHandler, name) for name in _INSIDE)
 # How much is read of a request that is not whole yet, and of those that follow one which
 # is being answered.
 MOST_HELD_BYTES = 1024 * 1024
@@ -136,6 +150,12 @@ class Server(web.Server):
         self.refused: Counter[str] = Counter()
         self._logger = logger
         self.configure(limits, timeouts)
+        if not CAN_VISIT:
+            logger.warning(
+                "this version of aiohttp (%s) is not known: each request costs twice the"
+                " CPU time that it has to",
+                aiohttp.__version__,
+            )
 
     def configure(self, limits: Limits, timeouts: AllTimeouts) -> None:
         """Go by other settings from now on, but for connections that are open."""
@@ -233,6 +253,7 @@ class Connection(web.RequestHandler):
             waiter is None
             or waiter.done()
             or self._head_bytes
+            or not CAN_VISIT
             or (parts := heads.cut(data)) is None
         ):
             self._parse(data)
@@ -281,8 +302,9 @@ class Connection(web.RequestHandler):
                 self._visit = visitor.visit(self, known, data[begin:])
         if self._visit is not None:
             self._messages.clear()
-            if self._parser is not None:
-                self._parser.message_consumed()
+            parser = self._parser
+            if parser is not None and hasattr(parser, "message_consumed"):
+                parser.message_consumed()  # of 3.14.1 and later
         elif self._messages and waiter is not None and not waiter.done():
             waiter.set_result(None)
 
@@ -317,6 +339,7 @@ class Connection(web.RequestHandler):
             return
         # aiohttp's task has waited all the time; now the connection is idle indeed.
         close_time = self._loop.time() + self._server.idle_s
+        self._keepalive = True
         self._next_keepalive_close_time = close_time
         if self._keepalive_handle is None:
             self._keepalive_handle = self._loop.call_at(

@@ -94,6 +94,14 @@ async def test_whole_requests_need_no_task(proxy):
     assert proxy.tasks == 0
 
 
+async def test_an_unknown_aiohttp_gets_all_requests(proxy, monkeypatch):
+    monkeypatch.setattr(connections, "CAN_VISIT", False)
+    async with connect(proxy.url) as connection:
+        for _ in range(2):
+            assert (await ask(connection, asking(proxy))).json() == ANSWER
+    assert proxy.tasks == 2
+
+
 async def test_a_visit_is_logged_and_counted_as_any_request(proxy):
     async with connect(proxy.url) as connection:
         await ask(connection, asking(proxy))
