@@ -195,7 +195,8 @@ class Listener:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 for proxy in self._proxies:
-                    await proxy.is_idle.wait()
+                    while proxy.relays:  # one may follow the other at once
+                        await proxy.is_idle.wait()
 
 
 async def _retire(proxy: Proxy) -> None:

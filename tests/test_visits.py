@@ -354,6 +354,23 @@ async def test_a_shutdown_is_said(upstream, start, dialect):
     await connection.close()
 
 
+@pytest.mark.parametrize("chunked", [True])
+async def test_a_body_may_still_come_after_the_signal_to_stop(upstream, chunked):
+    upstream.script(json_reply(ANSWER))
+    block = model_configuration(upstream.url)
+    async with running(load({"modelConfiguration": block}), grace_s=2) as proxy:
+        body = CHAT.body(stream=False)
+        data = build_request(proxy.url, "POST", CHAT.path, (), body, chunked)
+        async with connect(proxy.url) as connection:
+            await connection.send(data[:-1])
+            await asyncio.sleep(0.05)
+            stopping = asyncio.create_task(proxy.listener.stop())
+            await asyncio.sleep(0.05)
+            answered = await ask(connection, data[-1:])
+            assert answered.json() == ANSWER
+            await stopping
+
+
 async def test_a_bug_in_a_callback_is_ours_and_said(
     bare, upstream, dialect, monkeypatch
 ):
