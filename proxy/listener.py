@@ -175,6 +175,8 @@ class Listener:
                     await self._hurried.wait()
         for server in self._servers:
             server.close()
+        for _ in range(2):  # turns, until aiohttp has handed on what was held
+            await asyncio.sleep(0)
         self._proxy.is_closed = True
         await self._drain(shutdown.grace_s)
         self.hurry()

@@ -354,7 +354,7 @@ async def test_a_shutdown_is_said(upstream, start, dialect):
     await connection.close()
 
 
-@pytest.mark.parametrize("chunked", [True])
+@pytest.mark.parametrize("chunked", [False, True])
 async def test_a_body_may_still_come_after_the_signal_to_stop(upstream, chunked):
     upstream.script(json_reply(ANSWER))
     block = model_configuration(upstream.url)
