@@ -208,7 +208,11 @@ class Relay:
         self._response.outbox = self._terms.upstream.outbox
         if self._terms.verbose:
             self._log_request()
-        if self._asked.start_now(self._step):
+        try:
+            is_asked = self._asked.start_now(self._step)
+        except Exception as error:  # for the task to say
+            self._failure, is_asked = error, False
+        if is_asked:
             self._due_s = self._closing_s
             if self._completion.stream:
                 # Not when it is due, but before: then it is looked at closely.

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from proxy import connections, relay, server
+from proxy.upstream.connection import Connection as UpstreamConnection
 from tests.support.client import RawConnection, RawReply, build_request, connect
 from tests.support.dialects import ANTHROPIC, CHAT, CODY, Dialect
 from tests.support.fixtures import (
@@ -384,6 +385,43 @@ async def test_a_bug_in_a_callback_is_ours_and_said(
     answered = await ask(connection, asking(proxy, dialect, stream=True))
     assert b"internal error" in answered.body
     assert proxy.outcomes[-1]["kind"] == "internal"
+    await connection.close()
+
+
+async def test_a_bug_in_asking_is_ours_and_said(bare, upstream, dialect, monkeypatch):
+    proxy = bare
+    connection = await warmed(proxy, upstream, dialect, GOOD)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("made up")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UpstreamConnection, "send", fail)
+        answered = await ask(connection, asking(proxy, dialect, stream=True))
+    assert b"internal error" in answered.body
+    assert proxy.outcomes[-1]["kind"] == "internal" and not proxy.inside.relays
+    answered = await ask(connection, asking(proxy, dialect, stream=True))
+    assert answered.status == 200 and answered.complete
+    await connection.close()
+
+
+async def test_a_bug_in_counting_leaves_the_connection_usable(
+    bare, upstream, monkeypatch
+):
+    proxy = bare
+    connection = await warmed(proxy, upstream, CHAT, GOOD)
+    wrong: list[Any] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: wrong.append(context["exception"]))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("made up")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(proxy.inside.metrics, "count", fail)
+        assert (await ask(connection, asking(proxy, CHAT, stream=True))).complete
+    assert list(map(str, wrong)) == ["made up"]
+    assert (await ask(connection, asking(proxy, CHAT, stream=True))).complete
     await connection.close()
 
 

@@ -83,16 +83,20 @@ class Visit(Handling):
     def _finish(self) -> None:
         """All was said without a task, or nobody is there to hear it."""
         begun, door = self._begun, self._service.admission
-        if begun.attempt is not None:
-            self._settle(begun.attempt)
-        if door is not None and begun.permit is not None:
-            self._leave(door, begun.permit)
-        self._end()
+        try:
+            if begun.attempt is not None:
+                self._settle(begun.attempt)
+            if door is not None and begun.permit is not None:
+                self._leave(door, begun.permit)
+        finally:
+            self._end()
 
     def _end(self) -> None:
         self.outcome.status = self.response.status
-        self._service.ended(self.outcome, self.started_s, is_logged=True)
-        self._client.visited(keep_alive=self.response.keep_alive)
+        try:
+            self._service.ended(self.outcome, self.started_s, is_logged=True)
+        finally:  # else the connection would wait for ever
+            self._client.visited(keep_alive=self.response.keep_alive)
 
     def _go_on(self) -> None:
         """Let a task do the rest."""
