@@ -118,6 +118,9 @@ class Admission:
             return None
         if is_rated:
             try:
+                if len(plan.requests) + (plan.tokens is not None) > 1:
+                    # Who is refused asks again by ``enter``, and that counts.
+                    _at_once(self.rates.test(client, feature, plan))
                 _at_once(self.rates.check(client, feature, plan))
             except BaseException:
                 in_flight.release(gauges)

@@ -296,6 +296,13 @@ class RateCounter:
             # beyond the limit.
             await self._check(client, feature, plan.tokens, 0)
 
+    async def test(self, client: str, feature: Feature, plan: Plan) -> None:
+        """Say whether a request may be counted. Raises: RateLimited."""
+        for rate in plan.requests:
+            await self._check(client, feature, rate, 0)
+        if plan.tokens is not None:
+            await self._check(client, feature, plan.tokens, 0)
+
     async def spend(self, client: str, rate: Rate, tokens: int) -> None:
         """Count the tokens that a request took."""
         await self._ask(

@@ -455,6 +455,20 @@ async def test_rates_count_every_request_once(upstream, start):
     assert statuses == [200, 200, 200, 429, 429]
 
 
+async def test_what_the_day_refuses_counts_once_for_the_minute(upstream, start):
+    upstream.script(json_reply(ANSWER))
+    limits = {"requestsPerMinute": 5, "requestsPerDay": 1}
+    proxy = await start(
+        model_configuration(upstream.url), limits={"token": {"chat": limits}}
+    )
+    async with connect(proxy.url) as connection:
+        for _ in range(6):
+            await ask(connection, asking(proxy))
+    day, minute = "token.chat.requestsPerDay", "token.chat.requestsPerMinute"
+    refused_by = [each.get("limit") for each in proxy.outcomes]
+    assert refused_by == [None, day, day, day, day, minute]
+
+
 async def test_a_head_that_was_let_in_is_not_let_in_by_other_settings(upstream, start):
     upstream.script(json_reply(ANSWER))
     proxy = await start(
