@@ -7,7 +7,10 @@ have to say in one turn is kept until all of them have been looked at.
 """
 
 import asyncio
+import logging
 from typing import Protocol
+
+logger = logging.getLogger(__name__)
 
 # What is longer goes out at once, and is seen by whoever asks how full a buffer is.
 SMALL_BYTES = 16 * 1024
@@ -44,8 +47,16 @@ class Outbox:
         if (data := self._pending.pop(transport, None)) is not None:
             transport.write(data)
 
+    def holds(self, transport: Transport) -> bool:
+        """Whether something is kept for a transport."""
+        return transport in self._pending
+
     def _flush(self) -> None:
         pending, self._pending = self._pending, {}
         for transport, data in pending.items():
-            if not transport.is_closing():
+            if transport.is_closing():
+                continue
+            try:
                 transport.write(data)
+            except Exception:  # a bug of one must not cost the others their bytes
+                logger.exception("what was kept for a connection cannot be written")

@@ -8,13 +8,14 @@ from typing import NamedTuple
 import pytest
 from hypothesis import given, strategies as st
 
-from proxy.outbox import Outbox
+from proxy.outbox import Outbox, Transport
 from proxy.upstream.connection import (
     HIGH_WATER_BYTES,
     LINGER_BYTES,
     MAX_HEAD_BYTES,
     BadReply,
     Connection,
+    ConnectionFailed,
 )
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -49,9 +50,16 @@ class Wire(asyncio.Transport):
         self._is_aborted = True
 
 
+class AtOnce(Outbox):
+    """Keeps nothing, so that a reply may follow in the same turn."""
+
+    def write(self, transport: Transport, data: bytes) -> None:
+        transport.write(data)
+
+
 async def on_connection(use: Callable[[Connection, Wire], None]) -> None:
     wire = Wire()
-    connection = Connection(Outbox(asyncio.get_running_loop()))
+    connection = Connection(AtOnce(asyncio.get_running_loop()))
     connection.connection_made(wire)
     use(connection, wire)
 
@@ -335,3 +343,15 @@ async def test_lingering_ends_once(name):
         assert ends == [is_reusable]
 
     await on_connection(use)
+
+
+async def test_a_reply_before_its_request_went_out_answers_nothing():
+    """Though it comes in the same turn: the request may be sent to another server."""
+    wire = Wire()
+    connection = Connection(Outbox(asyncio.get_running_loop()))
+    connection.connection_made(wire)
+    connection.send(b"POST / HTTP/1.1\r\n\r\n", b"")
+    connection.data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    assert isinstance(connection.error, ConnectionFailed)
+    assert not (connection.is_head_in or connection.has_received)
+    assert not connection.is_reusable and wire.is_closing()

@@ -82,3 +82,17 @@ async def test_pipelined_requests_are_answered_in_order(start: Starter, upstream
             assert answer.json()["choices"][0]["message"]["content"] == "Hello"
             assert (await connection.reply()).status == 200
             assert (await connection.reply()).status == 400
+
+
+async def test_a_transport_that_fails_costs_the_others_nothing(caplog):
+    class Failing(Transport):
+        def write(self, data: bytes) -> None:
+            raise RuntimeError("made up")
+
+    outbox = Outbox(asyncio.get_running_loop())
+    one, two = Failing(), Transport()
+    outbox.write(one, b"a")
+    outbox.write(two, b"b")
+    await asyncio.sleep(0)
+    assert two.written == [b"b"]
+    assert "cannot be written" in caplog.text

@@ -229,20 +229,20 @@ class Handling:
                     with contextlib.suppress(UpstreamFault):
                         prepared = prepare(call.url, call.headers)
                         course.prepared[key] = prepared
+            relay = Relay(
+                course.terms,
+                self.response,
+                asked.completion,
+                asked.writer,
+                call,
+                outcome,
+                self.started_s,
+                asked.timeout_s,
+                prepared,
+            )
         except Exception:  # it cannot be said there: nothing was asked
             pool.finished(member, None, now_s, self, is_complete=False)
             raise
-        relay = Relay(
-            course.terms,
-            self.response,
-            asked.completion,
-            asked.writer,
-            call,
-            outcome,
-            self.started_s,
-            asked.timeout_s,
-            prepared,
-        )
         service.started(relay)
         return Attempt(member, call, relay, pool)
 

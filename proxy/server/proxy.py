@@ -56,8 +56,10 @@ class Proxy(Service):
         None if there cannot be one: something is unusual about it, or wrong.
         """
         raw_path = message.path
-        if self.is_stopping or not heads.is_repeatable(
-            head, raw_path, message.raw_headers
+        if (
+            self.is_stopping
+            or message.method != "POST"
+            or not heads.is_repeatable(head, raw_path, message.raw_headers)
         ):
             return None
         target = self._targets.get(raw_path) or self._target(raw_path, message.url)

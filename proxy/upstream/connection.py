@@ -319,7 +319,15 @@ class Connection(asyncio.Protocol):
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def data_received(self, data: bytes) -> None:
-        self.has_received = True
+        if not self.has_received:
+            transport = self._transport
+            if transport is not None and self._outbox.holds(transport):
+                # Nobody has asked it yet, so this answers nothing of ours.
+                self._is_spoilt = True
+                self._fail(ConnectionFailed("it spoke unasked"))
+                self.abort()
+                return
+            self.has_received = True
         if not self._is_busy:  # the rest of an old reply, or an answer to nothing
             self._is_spoilt = True
             self.abort()
