@@ -47,9 +47,10 @@ class Visit(Handling):
                 return False
             asked = self._parse(body)
             if door is not None:
+                user = self.outcome.user
                 permit = door.enter_now(
-                    self.outcome.user,
-                    self._client.remote,
+                    user,
+                    "" if user else self._client.remote,
                     asked.completion.feature,
                     asked.course.settings.id,
                 )
