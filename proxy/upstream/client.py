@@ -42,7 +42,7 @@ IDLE_MARGIN_S = 1.0
 # Between the attempts for the addresses of one name (RFC 8305, section 8).
 HAPPY_EYEBALLS_S = 0.25
 # Most that is unpacked at a time: a small reply may stand for a very large one.
-UNPACKED_BYTES = 256 * 1024
+UNPACKED_BYTES = 128 * 1024
 MAX_GET_BYTES = 4 * 1024 * 1024
 
 _TRUNCATED = "upstream connection broke before the end of the reply"
