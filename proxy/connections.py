@@ -277,17 +277,21 @@ class Connection(web.RequestHandler):
 
     def _receive(self, data: bytes, head: bytes, begin: int) -> None:
         """Have a whole request answered, by a visit if that can be."""
-        server, waiter = self._server, self._waiter
-        visitor = server.visitor
+        visitor = self._server.visitor
         known = visitor.known.get(head) if self._is_between else None
-        if known is not None:
-            self._visit = visitor.visit(self, known, data[begin:])
-            if self._visit is None:
-                self._parse(data)
-                self._is_between = True
-            elif self._clock is not None:
-                self._stop_clock()
+        if known is None:
+            self._meet(visitor, data, head, begin)
             return
+        self._visit = visitor.visit(self, known, data[begin:])
+        if self._visit is None:
+            self._parse(data)
+            self._is_between = True
+        elif self._clock is not None:
+            self._stop_clock()
+
+    def _meet(self, visitor: Visitor, data: bytes, head: bytes, begin: int) -> None:
+        """Have aiohttp parse a whole request, and answer it if that can be."""
+        waiter = self._waiter
         self._waiter = None  # whoever waits for it may not be needed
         self._parse(data)
         self._waiter = waiter

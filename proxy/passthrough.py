@@ -131,12 +131,7 @@ class PassThrough:
         reader = self._reader
         deltas: list[Delta] = []
         events: list[Event] = []
-        is_clean = (
-            not (self._tail or self._is_reframed)
-            and data.endswith(_END)
-            and _CR not in data
-            and fixer.is_clean(data)
-        )
+        is_clean = self._may_stay(data, fixer)
         fault = self._read(data, events, deltas, is_clean)
         if is_clean and fault is None and not self._is_reframed:
             # Clients that read line by line would lose the first event to a mark.
@@ -148,11 +143,8 @@ class PassThrough:
             self.progress += 1
         if reader.ended and not self.is_answering and fault is None:
             fault = UpstreamReported("upstream ended the stream without an answer")
-        if not self.is_answering:
-            self._waiting += out
-            out = b""
-        elif self._waiting:
-            out, self._waiting = self._waiting + out, b""
+        if not self.is_answering or self._waiting:
+            out = self._wait(out)
         self.is_started = self.is_started or bool(out)
         if fault is not None:
             return out + self._fail(fault)
@@ -160,6 +152,23 @@ class PassThrough:
         self._is_running = self.is_answering and not (
             self._tail or self._is_reframed or reader.finished
         )
+        return out
+
+    def _may_stay(self, data: bytes, fixer: ReplyFixer) -> bool:
+        """Whether these are whole events that need not be changed."""
+        return (
+            not (self._tail or self._is_reframed)
+            and data.endswith(_END)
+            and _CR not in data
+            and fixer.is_clean(data)
+        )
+
+    def _wait(self, out: bytes) -> bytes:
+        """Keep what comes before the answer, and say it with that."""
+        self._waiting += out
+        if not self.is_answering:
+            return b""
+        out, self._waiting = self._waiting, b""
         return out
 
     def receive_eof(self) -> bytes:

@@ -367,10 +367,9 @@ class Relay:
         if exchange.progress != self._progress:
             self._note_progress(exchange.progress)
         if exchange.is_ended:
+            self._outcome.kind = "ok"
             if exchange.error is not None:
                 self._note(exchange.error)
-            else:
-                self._outcome.kind = "ok"
             self._end(out)
             return
         if out:
@@ -379,11 +378,13 @@ class Relay:
             raise failure
         if exchange.is_finishing and not self._is_closing:
             self._wait_a_little()
-        if (
-            not is_going_on
-            and (reply.has_more or (data and reply.failure))
-            and not self._response.is_clogged
-        ):
+        if not is_going_on:
+            self._look_again(reply, bool(data))
+
+    def _look_again(self, reply: UpstreamReply, has_come: bool) -> None:
+        """There may be more to take, or to say, of which nobody will tell."""
+        is_more = reply.has_more or (has_come and reply.failure is not None)
+        if is_more and not self._response.is_clogged:
             self._terms.loop.call_soon(self._step)
 
     def _note_progress(self, progress: int) -> None:

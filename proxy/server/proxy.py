@@ -9,11 +9,7 @@ from aiohttp.http import RawRequestMessage
 from yarl import URL
 
 from proxy import __version__, heads, routes
-from proxy.config import Settings
 from proxy.dialects.base import Head, Reply
-from proxy.log import ExchangeLog
-from proxy.metrics import Board
-from proxy.redact import Redactor
 from proxy.response import Response
 from proxy.server.handling import Client
 from proxy.server.page import PageRequest
@@ -21,7 +17,6 @@ from proxy.server.request import AnyResponse, Request, response_to
 from proxy.server.service import Service
 from proxy.server.target import Known, Target, limit_of
 from proxy.server.visit import Visit
-from proxy.upstream import Upstream
 
 _NO_PATH = Reply(400, "text/plain; charset=utf-8", b"the request names no path\n")
 _HEALTHY = Reply(200, "text/plain; charset=utf-8", __version__.encode())
@@ -38,18 +33,6 @@ class Proxy(Service):
     and ``visit`` are for requests that come whole.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        upstream: Upstream,
-        log: ExchangeLog,
-        redact: Redactor,
-        board: Board | None = None,
-    ) -> None:
-        super().__init__(settings, upstream, log, redact, board)
-        self._targets: dict[str, Target] = {}
-        self.known: dict[bytes, Known] = {}  # by heads
-
     def meet(self, head: bytes, message: RawRequestMessage) -> Known | None:
         """Look at a head for the first time: return what a visit has to know of it.
 
@@ -62,7 +45,7 @@ class Proxy(Service):
             or not heads.is_repeatable(head, raw_path, message.raw_headers)
         ):
             return None
-        target = self._targets.get(raw_path) or self._target(raw_path, message.url)
+        target = self.targets.get(raw_path) or self._target(raw_path, message.url)
         if not target.is_exchange or target.path == routes.INVOCATIONS:
             return None
         headers = message.headers
@@ -91,7 +74,7 @@ class Proxy(Service):
         """Answer one request, whatever happens, and write its log line."""
         client = cast(Client, request.protocol)
         raw_path = request.raw_path
-        target = self._targets.get(raw_path) or self._target(raw_path, request.rel_url)
+        target = self.targets.get(raw_path) or self._target(raw_path, request.rel_url)
         reply = target.reply
         if reply is _HEALTHY and self.is_stopping:
             reply = _STOPPING
@@ -142,7 +125,7 @@ class Proxy(Service):
             reply,
         )
         if len(raw_path) <= _MAX_KEPT_CHARS:
-            if len(self._targets) >= _MAX_TARGETS:
-                self._targets.clear()
-            self._targets[raw_path] = target
+            if len(self.targets) >= _MAX_TARGETS:
+                self.targets.clear()
+            self.targets[raw_path] = target
         return target

@@ -28,6 +28,7 @@ from proxy.providers import PROVIDERS
 from proxy.providers.base import Native, Provider
 from proxy.redact import Redactor
 from proxy.relay import AHEAD_S, Relay, Terms
+from proxy.server.target import Known, Target
 from proxy.upstream import Prepared, Upstream
 from proxy.usage import UsageCounter
 
@@ -105,6 +106,8 @@ class Service:
         self.metrics = Metrics(routes.dialects(self.incoming), usage)
         self._tell(self.metrics)
         self.courses: dict[Wish, Course] = {}
+        self.targets: dict[str, Target] = {}  # by first lines
+        self.known: dict[bytes, Known] = {}  # by heads
         self.origins = Origins(settings.origins) if settings.origins else None
         self.knobs = knobs_of(settings.models)
         self.instance = Instance(settings, self.access, self._usage_page)
