@@ -191,7 +191,7 @@ class Relay:
         if self._exchange is not None:
             self._exchange.error = None
         self.error = self._stopped = None
-        self._failure = None
+        self._failure = self._ended = self._call_task = None
         self._exchange = self._reply = self._event = self._task = None
 
     def interrupt(self) -> None:

@@ -95,7 +95,7 @@ class UpstreamReply:
         if unpack and "content-encoding" in connection.headers:
             self._unpacker = _unpacker(self.header("content-encoding").lower())
             if self._unpacker is not None:
-                self.take = partial(self._unpack, self._unpacker)
+                self.take = partial(_unpack, connection, self._unpacker)
 
     def header(self, name: str) -> str:
         """Return the first header of that name (lower case), "" if there is none."""
@@ -145,17 +145,6 @@ class UpstreamReply:
         go on with ``read``.
         """
         self._connection.listener = listener
-
-    def _unpack(self, unpacker: "_Unpacker") -> bytes:
-        try:
-            # A little at a time: what is packed may be a thousand times as large.
-            while not (data := unpacker.take()):
-                if not (packed := self._connection.take()):
-                    return b""
-                unpacker.give(packed)
-            return data
-        except zlib.error as error:
-            raise _broken(error) from error
 
     @property
     def has_more(self) -> bool:
@@ -242,6 +231,19 @@ class _Unpacker:
             if unpacked:
                 return unpacked
         return b""
+
+
+def _unpack(connection: Connection, unpacker: _Unpacker) -> bytes:
+    """Return some of what has arrived, unpacked; b"" if that is nothing."""
+    try:
+        # A little at a time: what is packed may be a thousand times as large.
+        while not (data := unpacker.take()):
+            if not (packed := connection.take()):
+                return b""
+            unpacker.give(packed)
+        return data
+    except zlib.error as error:
+        raise _broken(error) from error
 
 
 def _unpacker(encoding: str) -> _Unpacker | None:
