@@ -22,6 +22,7 @@ from proxy.limits import (
     RateCounter,
     plans,
 )
+from proxy.outcome import rounded
 
 
 class Permit(msgspec.Struct):
@@ -96,7 +97,7 @@ class Admission:
             since_s = self._loop.time()
             until_s = min(until_s, since_s + self._waiting_s)
             await self._wait(gauges, blocked_by, feature, until_s)
-            permit.waited_s = round(self._loop.time() - since_s, 4)
+            permit.waited_s = rounded(self._loop.time() - since_s)
         return permit
 
     def enter_now(

@@ -106,9 +106,9 @@ class Visitor(Protocol):
     """
 
     @property
-    def known(self) -> Mapping[bytes, Any]: ...
+    def known(self) -> Mapping[heads.Head, Any]: ...
 
-    def meet(self, head: bytes, message: RawRequestMessage) -> Any:
+    def meet(self, head: heads.Head, message: RawRequestMessage) -> Any:
         """Return what is to be known of a head, None if it has to go the usual way.
 
         Args: message: what it was parsed as.
@@ -258,38 +258,41 @@ class Connection(web.RequestHandler):
         ):
             self._parse(data)
         else:  # between two requests, and this is the next one
-            head, begin, end = parts
-            if len(data) == end:
-                self._receive(data, head, begin)
+            head, body, length = parts
+            if len(body) == length:
+                self._receive(data, head, body)
             elif (
-                len(data) < end <= MOST_HELD_BYTES
+                len(body) < length
+                and (wanted := len(data) - len(body) + length) <= MOST_HELD_BYTES
                 and self._server.is_patient
                 and not heads.is_waiting(head)
             ):
                 # Clients often send head and body one after the other.
                 self._stop_clock()
                 self._clock = self._server.loop.call_later(HOLD_S, self.go_on)
-                self._wanted_bytes = end
+                self._wanted_bytes = wanted
                 self._server.incomplete.add(self)
                 self._hold(data)
             else:
                 self._parse(data)
 
-    def _receive(self, data: bytes, head: bytes, begin: int) -> None:
+    def _receive(self, data: bytes, head: heads.Head, body: bytes) -> None:
         """Have a whole request answered, by a visit if that can be."""
         visitor = self._server.visitor
         known = visitor.known.get(head) if self._is_between else None
         if known is None:
-            self._meet(visitor, data, head, begin)
+            self._meet(visitor, data, head, body)
             return
-        self._visit = visitor.visit(self, known, data[begin:])
+        self._visit = visitor.visit(self, known, body)
         if self._visit is None:
             self._parse(data)
             self._is_between = True
         elif self._clock is not None:
             self._stop_clock()
 
-    def _meet(self, visitor: Visitor, data: bytes, head: bytes, begin: int) -> None:
+    def _meet(
+        self, visitor: Visitor, data: bytes, head: heads.Head, body: bytes
+    ) -> None:
         """Have aiohttp parse a whole request, and answer it if that can be."""
         waiter = self._waiter
         self._waiter = None  # whoever waits for it may not be needed
@@ -303,7 +306,7 @@ class Connection(web.RequestHandler):
             # A long body makes aiohttp stop reading until somebody takes it.
             is_whole = payload.is_eof() and not self._reading_paused
             if known is not None and is_whole and len(self._messages) == 1:
-                self._visit = visitor.visit(self, known, data[begin:])
+                self._visit = visitor.visit(self, known, body)
         if self._visit is not None:
             self._messages.clear()
             parser = self._parser

@@ -7,11 +7,15 @@ bytes without that number, and whatever has the same bytes comes to the same.
 
 import re
 from collections.abc import Iterable
+from typing import TypeAlias
 
 # Longer ones, and more of them, are not worth the memory.
 MOST_BYTES = 4096
 MOST = 1024
 _MOST_DIGITS = 9
+
+# What stands before the line with the length of the body, and after it.
+Head: TypeAlias = tuple[bytes, bytes]
 
 # As nearly all clients write it.
 _LENGTHS = (b"\r\nContent-Length: ", b"\r\ncontent-length: ")
@@ -29,37 +33,34 @@ _SPECIAL = {
 }
 
 
-def cut(data: bytes) -> tuple[bytes, int, int] | None:
-    """Return the head without the length of the body, where the body begins, and where
-    it ends.
+def cut(data: bytes) -> tuple[Head, bytes, int] | None:
+    """Return the head without the length of the body, what is there of the body or
+    beyond, and that length.
 
     None if ``data`` does not begin with the whole head of a request that has a body
     with a length.
     """
-    end = data.find(_END, 0, MOST_BYTES)
-    if end < 0:
+    head, end, body = data.partition(_END)
+    if not end or len(head) > MOST_BYTES:
         return None
-    at = data.find(_LENGTHS[0], 0, end)
-    if at < 0:
-        at = data.find(_LENGTHS[1], 0, end)
-        if at < 0:
+    before, found, after = head.partition(_LENGTHS[0])
+    if not found:
+        before, found, after = head.partition(_LENGTHS[1])
+        if not found:
             return None
-    at += len(_LENGTHS[0])
-    stop = data.find(b"\r\n", at, end + 2)
-    digits = data[at:stop]
+    digits, _, after = after.partition(b"\r\n")
     if not digits.isdigit() or len(digits) > _MOST_DIGITS:
         return None
-    begin = end + len(_END)
-    return data[:at] + data[stop:end], begin, begin + int(digits)
+    return (before, after), body, int(digits)
 
 
-def is_waiting(head: bytes) -> bool:
+def is_waiting(head: Head) -> bool:
     """Whether its client may want to hear something before it sends the body."""
-    return b"100-continue" in head.lower()
+    return b"100-continue" in b"\n".join(head).lower()
 
 
 def is_repeatable(
-    head: bytes, path: str, headers: Iterable[tuple[bytes, bytes]]
+    head: Head, path: str, headers: Iterable[tuple[bytes, bytes]]
 ) -> bool:
     """Whether a head can be told by its bytes from now on.
 
@@ -68,15 +69,16 @@ def is_repeatable(
     Args: head: as ``cut`` returned it.
           path, headers: what the parser found in it.
     """
-    first, *lines = head.split(b"\r\n")
+    before, after = head
+    first, *lines = before.split(b"\r\n")
+    if after:
+        lines += after.split(b"\r\n")
     if first != b"POST %b HTTP/1.1" % path.encode("utf-8", "surrogateescape"):
         return False
-    if head.lower().count(b"content-length") != 1:
-        return False
+    if b"content-length" in b"\n".join(head).lower():
+        return False  # a second one
     found = []
     for line in lines:
-        if line.lower() == b"content-length: ":
-            continue
         match = _HEADER.fullmatch(line)
         if match is None:
             return False

@@ -1,6 +1,27 @@
 """How an exchange ended: what the log, the metrics and the pool are told of it."""
 
+import os
+import random
+
 import msgspec
+
+# For how many exchanges ids are made at a time.
+_BATCH = 256
+_ids: list[str] = []
+os.register_at_fork(after_in_child=_ids.clear)
+
+
+def new_id() -> str:
+    """Return 16 hexadecimal digits, at random."""
+    if not _ids:
+        digits = random.randbytes(8 * _BATCH).hex()
+        _ids.extend(digits[at : at + 16] for at in range(0, len(digits), 16))
+    return _ids.pop()
+
+
+def rounded(seconds: float) -> float:
+    """Return a duration in steps of 0.1 ms. (``round`` takes four times as long.)"""
+    return int(seconds * 1e4 + 0.5) / 1e4
 
 
 class Outcome(

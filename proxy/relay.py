@@ -33,7 +33,7 @@ from proxy.errors import (
 from proxy.exchange import Exchange
 from proxy.log import ExchangeLog
 from proxy.modelconfig.resolved import Timeouts
-from proxy.outcome import Outcome
+from proxy.outcome import Outcome, rounded
 from proxy.passthrough import PassedBody, PassThrough
 from proxy.providers.base import Call
 from proxy.redact import BUG, Redactor
@@ -393,7 +393,7 @@ class Relay:
         self._answered_s = self._terms.loop.time()
         if self._outcome.first_token_s is None:
             elapsed_s = self._answered_s - self._started_s
-            self._outcome.first_token_s = round(elapsed_s, 4)
+            self._outcome.first_token_s = rounded(elapsed_s)
 
     def _wait_a_little(self) -> None:
         """The answer is complete; its usage may follow, or never come."""

@@ -33,7 +33,7 @@ class Proxy(Service):
     and ``visit`` are for requests that come whole.
     """
 
-    def meet(self, head: bytes, message: RawRequestMessage) -> Known | None:
+    def meet(self, head: heads.Head, message: RawRequestMessage) -> Known | None:
         """Look at a head for the first time: return what a visit has to know of it.
 
         None if there cannot be one: something is unusual about it, or wrong.

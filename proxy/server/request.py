@@ -1,7 +1,6 @@
 """A request as aiohttp hands it over, and the task that answers it."""
 
 import asyncio
-import random
 from typing import TypeAlias
 
 import aiohttp
@@ -10,7 +9,7 @@ from aiohttp import web
 from proxy import routes
 from proxy.body import too_large, too_slow, undecodable
 from proxy.dialects.base import Head
-from proxy.outcome import Outcome
+from proxy.outcome import Outcome, new_id
 from proxy.response import Response
 from proxy.server.handling import Client, Handling
 from proxy.server.service import Service
@@ -41,7 +40,7 @@ class Request(Handling):
     def __init__(
         self, service: Service, client: Client, request: web.BaseRequest, target: Target
     ) -> None:
-        id = f"{random.getrandbits(64):016x}"
+        id = new_id()
         response = response_to(service, client, request, id)
         head = Head(request.method, target.path, target.query, request.headers)
         outcome = Outcome(

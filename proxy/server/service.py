@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from proxy import routes
+from proxy import heads, routes
 from proxy.admission import admission
 from proxy.auth import NOT_GIVEN, Access, credential
 from proxy.completion import Feature
@@ -22,7 +22,7 @@ from proxy.knobs import Knobs, knobs_of
 from proxy.log import ExchangeLog
 from proxy.metrics import Board, Metrics
 from proxy.modelconfig.resolved import Model, Provider as ProviderSettings
-from proxy.outcome import Outcome
+from proxy.outcome import Outcome, rounded
 from proxy.pool import Pool
 from proxy.providers import PROVIDERS
 from proxy.providers.base import Native, Provider
@@ -107,7 +107,7 @@ class Service:
         self._tell(self.metrics)
         self.courses: dict[Wish, Course] = {}
         self.targets: dict[str, Target] = {}  # by first lines
-        self.known: dict[bytes, Known] = {}  # by heads
+        self.known: dict[heads.Head, Known] = {}  # by heads
         self.origins = Origins(settings.origins) if settings.origins else None
         self.knobs = knobs_of(settings.models)
         self.instance = Instance(settings, self.access, self._usage_page)
@@ -188,7 +188,7 @@ class Service:
 
     def ended(self, outcome: Outcome, started_s: float, *, is_logged: bool) -> None:
         """Write down how a request was answered that came at ``started_s``."""
-        outcome.duration_s = round(self.loop.time() - started_s, 4)
+        outcome.duration_s = rounded(self.loop.time() - started_s)
         outcome.kind = outcome.kind or "ok"
         now_s = time.time()
         self.metrics.count(outcome, now_s)

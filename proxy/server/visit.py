@@ -1,9 +1,8 @@
 """A whole request, answered without a task as far as that goes."""
 
 import asyncio
-import random
 
-from proxy.outcome import Outcome
+from proxy.outcome import Outcome, new_id
 from proxy.response import Response
 from proxy.server.handling import Asking, Begun, Client, Handling
 from proxy.server.service import Service
@@ -21,7 +20,7 @@ class Visit(Handling):
     _begun: Begun
 
     def __init__(self, service: Service, client: Client, known: Known) -> None:
-        id = f"{random.getrandbits(64):016x}"
+        id = new_id()
         target = known.target
         response = Response(client, id)
         response.more = known.more
