@@ -19,12 +19,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 # Modules, and those of their classes whose objects become C structs. Such a class has no
-# bases but others of this list, and whatever it needs is set by its own ``__init__``.
+# bases but others of this list, or is one of msgspec's that is only made and looked at:
+# then nothing compares it, copies it or makes JSON of it.
 MODULES: dict[str, tuple[str, ...]] = {
-    "proxy.admission": ("Admission",),
+    "proxy.admission": ("Admission", "Permit"),
     "proxy.completion": (),
     "proxy.connections": (),
-    "proxy.dialects.adjust": (),
+    "proxy.dialects.adjust": ("ReplyFixer",),
     "proxy.dialects.base": (),
     "proxy.dialects.cody": (),
     "proxy.dialects.openai": (),
@@ -32,22 +33,24 @@ MODULES: dict[str, tuple[str, ...]] = {
     "proxy.dialects.runs": ("Runs",),
     "proxy.exchange": ("Exchange",),
     "proxy.heads": (),
+    "proxy.knobs": ("Knobs",),
     "proxy.limits": ("Gauge", "InFlight"),
     "proxy.log": ("ExchangeLog",),
     "proxy.metrics": ("_Sums", "Metrics"),
     "proxy.outbox": ("Outbox",),
     "proxy.passthrough": ("PassThrough", "PassedBody"),
     "proxy.pool": ("Member", "Pool"),
-    "proxy.providers.base": (),
+    "proxy.providers.base": ("Call", "Native"),
     "proxy.providers.openai": (),
-    "proxy.relay": ("Relay",),
+    "proxy.relay": ("Relay", "Terms"),
     "proxy.response": ("Response",),
-    "proxy.server.handling": ("Handling",),
+    "proxy.server.handling": ("Asking", "Attempt", "Begun", "Handling"),
     "proxy.server.proxy": (),
-    "proxy.server.service": (),
+    "proxy.server.service": ("Course", "Service"),
+    "proxy.server.target": ("Known", "Target"),
     "proxy.server.visit": ("Visit",),
-    "proxy.sse": (),
-    "proxy.stops": (),
+    "proxy.sse": ("Parser",),
+    "proxy.stops": ("Cutter",),
     "proxy.upstream.client": ("Upstream", "UpstreamCall", "UpstreamReply"),
     "proxy.upstream.connection": ("Connection",),
 }
@@ -85,6 +88,9 @@ class Struct:
         self.node = node
         self.bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
         self.base = next((base for base in self.bases if base in STRUCTS), "")
+        self.is_record = any(
+            ast.unparse(each) == "msgspec.Struct" for each in node.bases
+        )
         self.attributes: dict[str, str] = {}  # with the names of their types
         self.methods: list[ast.FunctionDef] = []
         self.defaults: list[str] = []
@@ -104,8 +110,31 @@ class Struct:
                 self._read_stores(item)
         for name in properties:
             self.attributes.pop(name, None)
-        if self.defaults and self.init is None:
+        if self.is_record:
+            self.defaults = []
+        elif self.defaults and self.init is None:
             raise Unfit(f"{node.name} has class attributes, but no __init__")
+
+    def constructor(self) -> list[str]:
+        """The ``__init__`` that msgspec would have made of the fields of a record."""
+        is_kw_only = any(word.arg == "kw_only" for word in self.node.keywords)
+        given, body = ["self", *["*"] * is_kw_only], []
+        for item in self.gone:
+            if not isinstance(item, ast.AnnAssign):
+                raise Unfit(f"{self.node.name}, line {item.lineno}: no field")
+            name = ast.unparse(item.target)
+            default = None if item.value is None else ast.unparse(item.value)
+            if default is None:
+                given.append(name)
+            elif default in ("[]", "{}"):  # each has its own
+                given.append(f"{name}=None")
+                name = f"{name} = {default} if {name} is None else {name}"
+            elif isinstance(item.value, ast.Constant):
+                given.append(f"{name}={default}")
+            else:
+                raise Unfit(f"{self.node.name}, line {item.lineno}: {default}?")
+            body.append(f"        self.{name if '=' in name else f'{name} = {name}'}")
+        return [f"    def __init__({', '.join(given)}):", *body]
 
     def _read_default(self, item: ast.Assign | ast.AnnAssign, source: str) -> None:
         target = item.target if isinstance(item, ast.AnnAssign) else item.targets[0]
@@ -230,7 +259,10 @@ def prepare(path: Path, names: tuple[str, ...]) -> None:
         node = struct.node
         for item in struct.gone:
             edits.append((item.lineno, item.end_lineno or item.lineno, []))
-        if struct.init is not None and struct.defaults:
+        if struct.is_record:
+            last = node.end_lineno or node.lineno
+            edits.append((last + 1, last, struct.constructor()))
+        elif struct.init is not None and struct.defaults:
             first = struct.init.body[0].lineno
             edits.append((first, first - 1, struct.defaults))
         if node.bases:

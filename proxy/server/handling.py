@@ -59,10 +59,9 @@ class Client(ClientConnection, Protocol):
 
 
 class Begun(msgspec.Struct):
-    """How far a request was answered without a task. ``asked`` is with its knobs."""
+    """How far a request was answered without a task."""
 
     permit: Permit | None = None
-    asked: "Asking | None" = None
     attempt: "Attempt | None" = None
 
 
@@ -179,12 +178,10 @@ class Handling:
     async def _ask_pool(self, asked: "Asking", begun: Begun | None) -> None:
         pool, loop = asked.course.pool, self._service.loop
         tried: list[Member] = []
-        attempt = None
-        if begun is not None and begun.asked is not None:
-            asked, attempt = begun.asked, begun.attempt
-        else:
-            asked = self._adjusted(asked)
-        attempt = attempt or self._attempt(asked, tried)
+        attempt = begun.attempt if begun is not None else None
+        if attempt is None:
+            self._turn_knobs(asked)
+            attempt = self._attempt(asked, tried)
         while attempt is not None:
             try:
                 await attempt.relay.run()
@@ -201,15 +198,13 @@ class Handling:
                 self._settle(attempt)
             attempt = self._attempt(asked, tried)
 
-    def _adjusted(self, asked: "Asking") -> "Asking":
-        """Turn the knobs of the model, for Cody's clients; there are none for others."""
-        if (knobs := asked.course.knobs) is None:
-            return asked
-        # A copy: another model may yet be asked, and has other knobs.
-        asked = structs.replace(asked, completion=structs.replace(asked.completion))
-        knobs.apply(asked.completion, len(asked.body))
-        asked.timeout_s = knobs.timeout_s(asked.completion, asked.timeout_s)
-        return asked
+    def _turn_knobs(self, asked: "Asking") -> None:
+        """Those of the model, once, for Cody's clients; there are none for others."""
+        knobs = asked.course.knobs
+        if knobs is not None and not asked.is_adjusted:
+            knobs.apply(asked.completion, len(asked.body))
+            asked.timeout_s = knobs.timeout_s(asked.completion, asked.timeout_s)
+            asked.is_adjusted = True
 
     def _attempt(self, asked: "Asking", tried: Collection[Member]) -> Attempt | None:
         """Choose the next endpoint to ask; None if there is none."""
@@ -434,13 +429,15 @@ class Handling:
 
     def _with_model(self, asked: "Asking", ref: str) -> "Asking":
         """The same request for another model."""
-        other = self._choose(
-            asked.completion, asked.writer, asked.body, asked.chosen, ref
-        )
-        if asked.is_native and not other.is_native:  # until now its body just passed
-            parsed = self._incoming.parse(self._head, asked.body)
-            return self._choose(*parsed, asked.body, asked.chosen, ref)
-        return other
+        if asked.is_native:
+            other = self._choose(
+                asked.completion, asked.writer, asked.body, asked.chosen, ref
+            )
+            if other.is_native:
+                return other
+        # What the first model made of it is not for this one; or it just passed.
+        parsed = self._incoming.parse(self._head, asked.body)
+        return self._choose(*parsed, asked.body, asked.chosen, ref)
 
     def _native(
         self, completion: CompletionRequest, course: Course, endpoint: Endpoint
@@ -477,6 +474,7 @@ class Asking(msgspec.Struct):
 
     ``is_native`` if the upstream speaks the client's dialect, so that ``body`` passes.
     ``credential`` is the client's own, where the upstream is asked with that.
+    ``is_adjusted`` once the model's knobs are turned.
     """
 
     completion: CompletionRequest
@@ -488,3 +486,4 @@ class Asking(msgspec.Struct):
     credential: str
     is_fallback: bool
     timeout_s: float
+    is_adjusted: bool = False

@@ -60,7 +60,7 @@ class Visit(Handling):
         self._asked = asked
         self._begun = begun = Begun(permit)
         try:
-            begun.asked = asked = self._adjusted(asked)
+            self._turn_knobs(asked)
             begun.attempt = attempt = self._attempt(asked, ())
         except Exception:  # it will come again, and be said
             self._go_on()
