@@ -26,9 +26,9 @@ MODULES: dict[str, tuple[str, ...]] = {
     "proxy.completion": (),
     "proxy.connections": (),
     "proxy.dialects.adjust": ("ReplyFixer",),
-    "proxy.dialects.base": (),
+    "proxy.dialects.base": ("Reader",),
     "proxy.dialects.cody": (),
-    "proxy.dialects.openai": (),
+    "proxy.dialects.openai": ("OpenAIReader",),
     "proxy.dialects.openai_incoming": (),
     "proxy.dialects.runs": ("Runs",),
     "proxy.exchange": ("Exchange",),
@@ -37,6 +37,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "proxy.limits": ("Gauge", "InFlight"),
     "proxy.log": ("ExchangeLog",),
     "proxy.metrics": ("_Sums", "Metrics"),
+    "proxy.outcome": (),
     "proxy.outbox": ("Outbox",),
     "proxy.passthrough": ("PassThrough", "PassedBody"),
     "proxy.pool": ("Member", "Pool"),
@@ -81,7 +82,8 @@ class Unfit(Exception):
 class Struct:
     """What Cython has to be told of a class, and how its source has to be changed.
 
-    Class attributes become the first lines of ``__init__``: a C struct has no defaults.
+    Class attributes become what ``__cinit__`` sets, before any ``__init__``: a C struct
+    has no defaults.
     """
 
     def __init__(self, node: ast.ClassDef, source: str) -> None:
@@ -112,8 +114,6 @@ class Struct:
             self.attributes.pop(name, None)
         if self.is_record:
             self.defaults = []
-        elif self.defaults and self.init is None:
-            raise Unfit(f"{node.name} has class attributes, but no __init__")
 
     def constructor(self) -> list[str]:
         """The ``__init__`` that msgspec would have made of the fields of a record."""
@@ -262,9 +262,10 @@ def prepare(path: Path, names: tuple[str, ...]) -> None:
         if struct.is_record:
             last = node.end_lineno or node.lineno
             edits.append((last + 1, last, struct.constructor()))
-        elif struct.init is not None and struct.defaults:
-            first = struct.init.body[0].lineno
-            edits.append((first, first - 1, struct.defaults))
+        elif struct.defaults:
+            last = node.end_lineno or node.lineno
+            defaults = ["    def __cinit__(self):", *struct.defaults]
+            edits.append((last + 1, last, defaults))
         if node.bases:
             base = f"({struct.base})" if struct.base else ""
             edits.append((node.lineno, node.lineno, [f"class {node.name}{base}:"]))

@@ -277,6 +277,10 @@ def test_body_is_mended():
         ({"message": {"content": "a", "tool_calls": [{}]}}, False),
         ({"message": {"content": None}}, False),
         ({"message": {"content": "a", "refusal": "b"}}, False),
+        ({"message": None, "text": "a"}, True),
+        ({"text": None}, True),
+        ({"text": "a"}, False),
+        ({"message": None}, False),
         ({"delta": {"content": "b"}}, False),
         ({"finish_reason": "eos_token"}, False),
         ({"finish_reason": "tool_calls"}, False),
@@ -298,7 +302,10 @@ def test_bodies_of_text_alone_are_known_to_be_clean(change, is_text):
         assert short.check_body(body) and not long.check_body(longer)
         assert ReplyFixer("openai-chat").fix(body.decode()) == body.decode()
         assert short.read_body(body) == long.read_body(longer)
-        assert vars(short) == vars(long)
+        assert short.usage == long.usage
+        for reader in (short, long):
+            assert (reader.model, reader.understood) == ("m", True)
+            assert reader.finished and reader.ended
 
 
 def test_body_that_is_not_utf8_is_left_as_it_is():

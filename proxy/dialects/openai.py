@@ -290,10 +290,20 @@ class _TextMessage(msgspec.Struct, gc=False):
 
 
 class _TextChoice(msgspec.Struct, gc=False):
+    """Of a chat, or of a completion."""
+
     finish_reason: Literal["stop", "length"]
-    message: _TextMessage
+    message: _TextMessage | None = None
+    text: str | None = None
     index: Literal[0] = 0
     delta: None = None
+
+    @property
+    def content(self) -> str | None:
+        """None if it is neither, or both."""
+        if self.message is None:
+            return self.text
+        return self.message.content if self.text is None else None
 
 
 class _TextReply(msgspec.Struct, gc=False):
@@ -327,9 +337,10 @@ _decode_text_reply = msgspec.json.Decoder(_TextReply).decode
 
 def _as_text_reply(body: bytes) -> _TextReply | None:
     try:
-        return _decode_text_reply(body)
+        reply = _decode_text_reply(body)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         return None
+    return reply if reply.choices[0].content is not None else None
 
 
 class OpenAIReader(Reader):
@@ -376,8 +387,8 @@ class OpenAIReader(Reader):
             self._keep_usage(reply.usage)
         (choice,) = reply.choices
         out: list[Delta] = [Start(reply.id, reply.model)]
-        if choice.message.content:
-            out.append(Text(choice.message.content))
+        if content := choice.content:
+            out.append(Text(content))
         out.append(Finish(choice.finish_reason))
         return out
 
