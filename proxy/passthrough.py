@@ -74,8 +74,8 @@ class PassThrough:
         return self._reader.finished and not self._several
 
     @property
-    def adjusted(self) -> list[str]:
-        return self._fixer.names if self._fixer is not None else []
+    def adjusted(self) -> tuple[str, ...]:
+        return self._fixer.names if self._fixer is not None else ()
 
     def receive_data(self, data: bytes) -> bytes:
         """Return what may go on to the client.
@@ -291,6 +291,7 @@ class PassedBody:
     is_finishing = False
     progress = 0
     error: ProxyError | None = None
+    _body: bytes | bytearray = b""
 
     def __init__(
         self,
@@ -304,14 +305,18 @@ class PassedBody:
         self._limit_bytes = limit_bytes
         self._fixer = fixer
         self._redact = redact
-        self._body = bytearray()
 
     @property
-    def adjusted(self) -> list[str]:
-        return self._fixer.names if self._fixer is not None else []
+    def adjusted(self) -> tuple[str, ...]:
+        return self._fixer.names if self._fixer is not None else ()
 
     def receive_data(self, data: bytes) -> bytes:
-        self._body += data
+        if not self._body:  # most come in one read
+            self._body = data
+        else:
+            if isinstance(self._body, bytes):
+                self._body = bytearray(self._body)
+            self._body += data
         if len(self._body) > self._limit_bytes:
             raise UpstreamGarbled(f"upstream reply exceeds {self._limit_bytes} bytes")
         return b""

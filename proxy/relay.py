@@ -640,8 +640,8 @@ class Relay:
 
     def _adjusted(self) -> list[str]:
         names = self._call.adjusted
-        if self._completion.dropped:
-            names = [*(f"request.{n}" for n in self._completion.dropped), *names]
+        if dropped := self._completion.dropped:  # by every attempt the same ones
+            names = [*(f"request.{name}" for name in dict.fromkeys(dropped)), *names]
         exchange = self._exchange
         if exchange is not None and exchange.adjusted:
             names = [*names, *exchange.adjusted]

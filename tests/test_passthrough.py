@@ -134,7 +134,7 @@ def test_tgi_chunks_are_mended():
     assert {v["id"] for v in values} == {values[0]["id"]} != {""}
     assert values[-1]["choices"][0]["finish_reason"] == "stop"
     assert out.endswith(b"data: [DONE]\n\n")
-    assert passing.adjusted == ["reply.id", "reply.finish_reason"]
+    assert list(passing.adjusted) == ["reply.id", "reply.finish_reason"]
 
 
 def test_tgi_completions_are_mended():
@@ -148,14 +148,14 @@ def test_missing_done_is_added():
     passing = subject()
     stream = b"".join(openai_chunks(["a"])[:-1])
     assert run(passing, [stream]) == stream + b"data: [DONE]\n\n"
-    assert passing.adjusted == ["reply.done"]
+    assert list(passing.adjusted) == ["reply.done"]
 
 
 def test_data_null_is_left_out():
     passing = subject()
     stream = b"".join(openai_chunks(["a"]))
     assert run(passing, [data(None) + stream]) == stream
-    assert passing.adjusted == ["reply.data"]
+    assert list(passing.adjusted) == ["reply.data"]
 
 
 def test_other_line_ends_become_ours():
@@ -256,7 +256,7 @@ def test_clean_body_keeps_every_byte():
     passing = body()
     assert passing.receive_data(raw[:100]) + passing.receive_data(raw[100:]) == b""
     assert passing.receive_eof() == raw
-    assert passing.adjusted == []
+    assert list(passing.adjusted) == []
 
 
 def test_body_is_mended():
@@ -433,7 +433,7 @@ def test_tgi_tool_calls_are_mended():
         call | {"function": {"name": "f", "arguments": '{"a":1}'}}
     ]
     assert last["choices"][0]["finish_reason"] == "tool_calls"
-    assert passing.adjusted == ["reply.tool_calls", "reply.finish_reason"]
+    assert list(passing.adjusted) == ["reply.tool_calls", "reply.finish_reason"]
     message = {"message": {"tool_calls": [call]}, "finish_reason": "stop"}
     whole = body()
     whole.receive_data(

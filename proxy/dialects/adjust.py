@@ -272,11 +272,12 @@ _HAS_CALLS = '"function"'
 class ReplyFixer:
     """Fixes the events, or the body, of one reply. ``names`` says what it did."""
 
+    names: tuple[str, ...] = ()
+    _has_calls = False
+    _made_id = ""
+
     def __init__(self, dialect: str) -> None:
-        self.names: list[str] = []
         self._is_openai = dialect in END
-        self._has_calls = False
-        self._made_id = ""
 
     @property
     def _id(self) -> str:
@@ -389,4 +390,4 @@ class ReplyFixer:
 
     def _note(self, name: str) -> None:
         if f"reply.{name}" not in self.names:
-            self.names.append(f"reply.{name}")
+            self.names += (f"reply.{name}",)

@@ -46,6 +46,9 @@ class StreamOptions(msgspec.Struct, gc=False):
     include_usage: bool | None = None
 
 
+_NULL = msgspec.Raw(b"null")
+
+
 class Chosen(msgspec.Struct, gc=False):
     """What of a JSON body decides where it goes, and what form its reply has."""
 
@@ -53,12 +56,13 @@ class Chosen(msgspec.Struct, gc=False):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: object = None
-    prompt: msgspec.Raw = msgspec.Raw(b"null")
+    prompt: msgspec.Raw = _NULL
 
     @property
     def is_several(self) -> bool:
         """Several answers at once are asked for."""
-        return self.n not in (None, 1) or bytes(self.prompt)[:1] == b"["
+        is_list = self.prompt is not _NULL and bytes(self.prompt)[:1] == b"["
+        return is_list or self.n not in (None, 1)
 
 
 _decode_chosen = msgspec.json.Decoder(Chosen).decode

@@ -10,7 +10,7 @@ Sources: https://platform.openai.com/docs/api-reference/chat and TGI's router
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
@@ -346,11 +346,10 @@ def _as_text_reply(body: bytes) -> _TextReply | None:
 class OpenAIReader(Reader):
     """Reads chunks of either route, and whole replies of either."""
 
+    # Most replies have no calls: of both nothing is changed in place.
+    _calls: Mapping[int, tuple[str, str]] = {}  # ids and names
+    _unnamed: Mapping[int, str] = {}  # arguments
     _last_call = 0
-
-    def __init__(self) -> None:
-        self._calls: dict[int, tuple[str, str]] = {}
-        self._unnamed: dict[int, str] = {}
 
     def read(self, event: Event, out: list[Delta]) -> None:
         data = event.data
@@ -474,16 +473,16 @@ class OpenAIReader(Reader):
                 call_id = f"call_{index}"  # TGI calls every call "0"
             # NIM repeats the name in every piece: the first one counts.
             name = name or function.name or ""
-            self._calls[index] = (call_id, name)
+            self._calls = {**self._calls, index: (call_id, name)}
             self._last_call = index
             arguments = function.arguments or ""
             if isinstance(arguments, dict):  # TGI's whole replies
                 arguments = json.dumps(arguments, separators=(",", ":"))
-            arguments = self._unnamed.pop(index, "") + arguments
+            arguments = self._unnamed.get(index, "") + arguments
+            self._unnamed = {**self._unnamed, index: "" if name else arguments}
             if name:
                 out.append(ToolCall(index, call_id, name, arguments))
-            else:  # clients lose a call that begins without its name
-                self._unnamed[index] = arguments
+            # else it waits: clients lose a call that begins without its name
 
     def _is_taken(self, call_id: str) -> bool:
         return any(call_id == taken for taken, _ in self._calls.values())

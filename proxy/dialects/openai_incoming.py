@@ -748,10 +748,9 @@ class ChatWriter(_Writer):
     _CHUNK_OBJECT = "chat.completion.chunk"
     _TEXT_CHOICE = ('{"index":0,"delta":{"content":', '},"finish_reason":null}')
 
-    def __init__(self, model: str, *, include_usage: bool = False) -> None:
-        super().__init__(model, include_usage=include_usage)
-        # Clients keep calls in a list, so theirs are numbered without gaps.
-        self._calls: dict[int, int] = {}
+    # Clients keep calls in a list, so theirs are numbered without gaps. It is not changed
+    # in place: most replies have none.
+    _calls: Mapping[int, int] = {}
 
     def _begin(self, out: list[str]) -> None:
         super()._begin(out)
@@ -769,7 +768,8 @@ class ChatWriter(_Writer):
         number = self._calls.get(call.index)
         if number is not None:
             return f'{{"tool_calls":[{{"index":{number},"function":{{{arguments}'
-        number = self._calls[call.index] = len(self._calls)
+        number = len(self._calls)
+        self._calls = {**self._calls, call.index: number}
         # Once only: clients append the names of later pieces to the first.
         return (
             f'{{"tool_calls":[{{"index":{number},"id":{_quote(_call_id(call))},'

@@ -383,7 +383,9 @@ class Upstream:
         given = connection.keep_alive_s
         idle_s = IDLE_S if given is None else min(given - IDLE_MARGIN_S, IDLE_S)
         connection.idle_until_s = self._loop.time() + idle_s
-        self._idle.setdefault(target.key, []).append(connection)
+        if (connections := self._idle.get(target.key)) is None:
+            connections = self._idle[target.key] = []
+        connections.append(connection)
         if self._sweeper is None:
             self._sweeper = self._loop.call_later(IDLE_S, self._sweep)
 
