@@ -200,6 +200,16 @@ async def test_the_third_one_answers(start: Starter, upstream, second):
     assert kinds == ["upstream_status", "upstream_unreachable"]
 
 
+async def test_what_no_endpoint_takes_is_named_once(start: Starter, upstream, second):
+    upstream.script(OVERLOAD)
+    second.script(good(CODY, streamed=True))
+    proxy = await start(pool_of(upstream.url, second.url), **IN_TURN)
+    body = CODY.body(stream=True) | {"maxTokensToSample": 10**6}
+    raw = await request(proxy.url, path=CODY.path, headers=CODY.headers, body=body)
+    assert len(proxy.outcomes[0]["tried"]) == 1
+    assert raw.header("x-proxy-adjusted") == "request.max_tokens"
+
+
 async def test_the_error_of_the_last_one_is_told(start: Starter, upstream, second):
     upstream.script(reply(503, body="starting"))
     second.script(reply(529, body="too busy"))
