@@ -166,30 +166,31 @@ class Exchange:
             self._body += data
         if self._held:
             data, self._held = self._held + data, b""
-        out, fault = b"", None
-        while data and fault is None and not reader.ended:
-            end = 0
-            if self._is_running and len(data) <= self._limit_bytes:
-                end, said = self._say_run(data)
-                out += said
-                if not end and self._runs.can_wait(data):
-                    self._held = data
+        said: list[bytes] = []
+        at, fault = 0, None
+        while at < len(data) and fault is None and not reader.ended:
+            end, out = 0, b""
+            if self._is_running and len(data) - at <= self._limit_bytes:
+                end, out = self._say_run(data, at)
+                if not end and self._runs.can_wait(data[at:]):
+                    self._held = data[at:]
                     break
             if not end:
-                end = self._first(data)
+                end = self._first(data, at)
                 deltas: list[Delta] = []
-                fault = self._read_parsed(data[:end], deltas)
-                if deltas:
-                    out += self._say(deltas)
-            data = data[end:]
-        return out, fault
+                fault = self._read_parsed(data[at:end], deltas)
+                out = self._say(deltas)
+            if out:
+                said.append(out)
+            at = end
+        return said[0] if len(said) == 1 else b"".join(said), fault
 
-    def _say_run(self, data: bytes) -> tuple[int, bytes]:
-        """Read what needs no parser at the start of ``data``; return its length, and
-        what it says.
+    def _say_run(self, data: bytes, start: int) -> tuple[int, bytes]:
+        """Read what needs no parser from ``start`` on; return where that ends, 0 if there
+        is nothing, and what it says.
         """
-        length, raw = self._runs.split(data)
-        if not length:
+        end, raw = self._runs.split(data, start)
+        if not end:
             return 0, b""
         if self._stream and self._cutter is None and are_literal(raw):
             out = self._writer.literals(raw)
@@ -197,20 +198,20 @@ class Exchange:
                 self.is_answering = True
                 self.progress += 1
                 self.is_started = self.is_started or bool(out)
-                return length, out
+                return end, out
         texts = decode_texts(raw)
         if texts is None:
             return 0, b""
-        return length, self._say([Text(text) for text in texts if text])
+        return end, self._say([Text(text) for text in texts if text])
 
-    def _first(self, data: bytes) -> int:
-        """Return the length of what is to be parsed before the next look for a run: an
+    def _first(self, data: bytes, start: int) -> int:
+        """Return the end of what is to be parsed before the next look for a run: an
         event if one can be learned from or a run may follow, else all of it.
         """
         runs = self._runs
-        if not (runs.may_go_on(data) if runs.is_known else runs.is_learning):
+        if not (runs.may_go_on(data, start) if runs.is_known else runs.is_learning):
             return len(data)
-        end = data.find(b"\n\n") + 2
+        end = data.find(b"\n\n", start) + 2
         return end if end > 1 else len(data)
 
     def _read_parsed(self, data: bytes, deltas: list[Delta]) -> UpstreamFault | None:
