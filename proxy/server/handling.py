@@ -217,9 +217,11 @@ class Handling:
         prepared = None
         try:
             call = self._call(asked, member.endpoint)
-            if asked.is_native and not asked.credential:  # the same every time
+            if not asked.credential:  # mostly the same every time
                 key = id(member.endpoint)
-                if (prepared := course.prepared.get(key)) is None:
+                prepared = course.prepared.get(key)
+                if prepared is None or not prepared.is_of(call.url, call.headers):
+                    prepared = None
                     # What is wrong with it is said when it is sent.
                     with contextlib.suppress(UpstreamFault):
                         prepared = prepare(call.url, call.headers)

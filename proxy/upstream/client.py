@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import NamedTuple, TypeAlias
 
 import aiohappyeyeballs
+import msgspec
 import yarl
 
 from proxy.egress import Egress
@@ -633,17 +634,23 @@ class UpstreamCall:
         return kind(f"upstream {self._endpoint}: {_reason(error)}")
 
 
-class Prepared(NamedTuple):
+class Prepared(msgspec.Struct, frozen=True):
     """The beginning of requests that differ only in their bodies."""
 
+    url: str
+    headers: Mapping[str, str]
     target: _Target
     head: bytes
+
+    def is_of(self, url: str, headers: Mapping[str, str]) -> bool:
+        return url == self.url and headers == self.headers
 
 
 def prepare(url: str, headers: Mapping[str, str]) -> Prepared:
     """Raises: UpstreamUnreachable: there can be no such request."""
     target = _target(url)
-    return Prepared(target, _encoded_head(target, "POST", *headers.items()))
+    head = _encoded_head(target, "POST", *headers.items())
+    return Prepared(url, headers, target, head)
 
 
 # The same for one request after the other.
