@@ -9,6 +9,7 @@ in it is tested as the original is (``make testcompiled``).
 
 import argparse
 import ast
+import asyncio
 import os
 import shutil
 import subprocess
@@ -73,6 +74,15 @@ _NOT_FAST = (
     ast.Yield,
     ast.YieldFrom,
 )
+# Bases that are left out, since nobody asks for them and classes have all of their methods.
+_LEFT_OUT = {"asyncio.Protocol": asyncio.Protocol}
+# Decorators of methods that do the same there.
+_DECORATORS = {
+    "contextlib.asynccontextmanager",
+    "contextlib.contextmanager",
+    "property",
+    "staticmethod",
+}
 
 
 class Unfit(Exception):
@@ -83,10 +93,11 @@ class Struct:
     """What Cython has to be told of a class, and how its source has to be changed.
 
     Class attributes become what ``__cinit__`` sets, before any ``__init__``: a C struct
-    has no defaults.
+    has no defaults. What is no mere constant is still made once, before the class, for all
+    its objects.
     """
 
-    def __init__(self, node: ast.ClassDef, source: str) -> None:
+    def __init__(self, node: ast.ClassDef) -> None:
         self.node = node
         self.bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
         self.base = next((base for base in self.bases if base in STRUCTS), "")
@@ -96,24 +107,27 @@ class Struct:
         self.attributes: dict[str, str] = {}  # with the names of their types
         self.methods: list[ast.FunctionDef] = []
         self.defaults: list[str] = []
+        self.shared: list[str] = []  # lines before the class
         self.gone: list[ast.stmt] = []  # statements of the class's own
         self.init: ast.FunctionDef | None = None
         properties = set()
         for item in node.body:
             if isinstance(item, ast.Assign | ast.AnnAssign):
-                self._read_default(item, source)
+                self._read_default(item)
             elif isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef):
                 if item.decorator_list:
+                    self._check_decorators(item)
                     properties.add(item.name)
                 elif isinstance(item, ast.FunctionDef) and item.name == "__init__":
                     self.init = item
                 elif isinstance(item, ast.FunctionDef) and _is_fast(item):
                     self.methods.append(item)
                 self._read_stores(item)
+            elif not isinstance(item, ast.Expr | ast.Pass):  # a docstring
+                raise Unfit(f"{node.name}, line {item.lineno}: what is this?")
         for name in properties:
             self.attributes.pop(name, None)
-        if self.is_record:
-            self.defaults = []
+        self._check()
 
     def constructor(self) -> list[str]:
         """The ``__init__`` that msgspec would have made of the fields of a record."""
@@ -136,18 +150,49 @@ class Struct:
             body.append(f"        self.{name if '=' in name else f'{name} = {name}'}")
         return [f"    def __init__({', '.join(given)}):", *body]
 
-    def _read_default(self, item: ast.Assign | ast.AnnAssign, source: str) -> None:
-        target = item.target if isinstance(item, ast.AnnAssign) else item.targets[0]
-        if not isinstance(target, ast.Name):
+    def _check(self) -> None:
+        name, names = self.node.name, _names_in(self.node)
+        if self.node.decorator_list:
+            raise Unfit(f"{name} has decorators")
+        if self.is_record and "__post_init__" in names:
+            raise Unfit(f"{name} has a __post_init__")
+        for base in map(ast.unparse, self.node.bases):
+            if base in STRUCTS or base == "msgspec.Struct":
+                continue
+            if base not in _LEFT_OUT:
+                raise Unfit(f"{name} has the base {base}")
+            if missing := {n for n in dir(_LEFT_OUT[base]) if n[0] != "_"} - names:
+                raise Unfit(f"{name} leaves {', '.join(sorted(missing))} to {base}")
+
+    def _check_decorators(self, item: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        known = _DECORATORS | {f"{item.name}.setter"}
+        for decorator in map(ast.unparse, item.decorator_list):
+            if decorator not in known:
+                raise Unfit(f"{self.node.name}.{item.name} has @{decorator}")
+
+    def _read_default(self, item: ast.Assign | ast.AnnAssign) -> None:
+        targets = [item.target] if isinstance(item, ast.AnnAssign) else item.targets
+        target = targets[0]
+        if len(targets) > 1 or not isinstance(target, ast.Name):
             raise Unfit(f"{self.node.name}, line {item.lineno}: what is this?")
         self.gone.append(item)
         if target.id == "__slots__":
             return
         annotation = item.annotation if isinstance(item, ast.AnnAssign) else None
         self.attributes[target.id] = type_of(annotation)
-        if item.value is not None:
-            value = ast.get_source_segment(source, item.value)
+        if item.value is not None and not self.is_record:
+            value = self._default(target.id, item.value)
             self.defaults.append(f"        self.{target.id} = {value}")
+
+    def _default(self, name: str, value: ast.expr) -> str:
+        used = {each.id for each in ast.walk(value) if isinstance(each, ast.Name)}
+        if own := used & _names_in(self.node):
+            raise Unfit(f"{self.node.name}.{name} refers to {', '.join(sorted(own))}")
+        if isinstance(value, ast.Constant):
+            return ast.unparse(value)
+        shared = f"_{self.node.name}_{name}"
+        self.shared.append(f"{shared} = {ast.unparse(value)}")
+        return shared
 
     def _read_stores(self, function: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         types = {each.arg: type_of(each.annotation) for each in _arguments(function)}
@@ -178,6 +223,18 @@ class Struct:
                 yield f"    cdef public {cname(kind)} {name}"
         for method in self.methods:
             yield f"    {signature(method, is_method=True)}"
+
+
+def _names_in(node: ast.ClassDef) -> set[str]:
+    """What a class itself defines."""
+    names = set()
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(item.name)
+        elif isinstance(item, ast.Assign | ast.AnnAssign):
+            targets = item.targets if isinstance(item, ast.Assign) else [item.target]
+            names.update(each.id for each in targets if isinstance(each, ast.Name))
+    return names
 
 
 def type_of(annotation: ast.expr | None) -> str:
@@ -215,7 +272,8 @@ def _is_fast(function: ast.FunctionDef) -> bool:
     arguments = function.args
     return (
         not function.name.startswith("__")
-        and not (arguments.kwonlyargs or arguments.vararg or arguments.kwarg)
+        and not (arguments.posonlyargs or arguments.kwonlyargs)
+        and not (arguments.vararg or arguments.kwarg)
         and not any(
             isinstance(node, _NOT_FAST)
             for statement in function.body
@@ -233,7 +291,7 @@ def _given(function: ast.FunctionDef, attribute: str) -> Iterator[str]:
     for node in ast.walk(function):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name):
             for target in node.targets:
-                if isinstance(target, ast.Attribute) and target.attr == attribute:
+                if ast.unparse(target) == f"self.{attribute}":
                     yield node.value.id
 
 
@@ -245,7 +303,7 @@ def prepare(path: Path, names: tuple[str, ...]) -> None:
     tree = ast.parse(source)
     lines = source.splitlines()
     structs = {
-        node.name: Struct(node, source)
+        node.name: Struct(node)
         for node in tree.body
         if isinstance(node, ast.ClassDef) and node.name in names
     }
@@ -253,6 +311,7 @@ def prepare(path: Path, names: tuple[str, ...]) -> None:
         raise Unfit(f"{path} has no {', '.join(missing)}")
     told = []
     for struct in structs.values():
+        _check_uses(tree, struct)
         told += [*struct.declaration(_inherited(struct)), ""]
     edits: list[tuple[int, int, list[str]]] = []
     for struct in structs.values():
@@ -269,14 +328,43 @@ def prepare(path: Path, names: tuple[str, ...]) -> None:
         if node.bases:
             base = f"({struct.base})" if struct.base else ""
             edits.append((node.lineno, node.lineno, [f"class {node.name}{base}:"]))
+        edits.append((node.lineno, node.lineno - 1, struct.shared))
     for begin, end, new in sorted(edits, key=lambda edit: -edit[0]):
         lines[begin - 1 : end] = new
     path.write_text("\n".join(lines) + "\n")
     used = sorted(name for name in STRUCTS if f"{name}_t" in "\n".join(told))
+    _check_names(tree, path, set(used) - set(names))
     imports = [f"from {STRUCTS[name]} cimport {name} as {name}_t" for name in used]
     bases = {struct.base for struct in structs.values()} - {"", *names}
     imports += [f"from {STRUCTS[name]} cimport {name}" for name in sorted(bases)]
     path.with_suffix(".pxd").write_text("\n".join([*imports, "", *told]))
+
+
+def _check_uses(tree: ast.Module, struct: Struct) -> None:
+    """Of a class itself an attribute is no value any more, but a descriptor."""
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Attribute)
+            and ast.unparse(node.value) == struct.node.name
+            and node.attr in struct.attributes
+        ):
+            raise Unfit(f"line {node.lineno}: {ast.unparse(node)} is of no object")
+
+
+def _check_names(tree: ast.Module, path: Path, used: set[str]) -> None:
+    """What a module calls by the name of another's struct must be that one."""
+    for node in ast.walk(tree):
+        others = []
+        if isinstance(node, ast.ImportFrom):
+            for each in node.names:
+                name = each.asname or each.name
+                home = f"{STRUCTS.get(name)}."
+                if name != each.name or not home.startswith(f"{node.module}."):
+                    others.append(name)
+        elif isinstance(node, ast.ClassDef):
+            others.append(node.name)
+        for name in used.intersection(others):
+            raise Unfit(f"{path}: {name} is another one than that of {STRUCTS[name]}")
 
 
 def _inherited(struct: Struct) -> set[str]:
@@ -286,7 +374,7 @@ def _inherited(struct: Struct) -> set[str]:
     source = path.read_text()
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name == struct.base:
-            return set(Struct(node, source).attributes)
+            return set(Struct(node).attributes)
     raise Unfit(f"{path} has no {struct.base}")
 
 
