@@ -129,7 +129,12 @@ class Struct:
             self.attributes.pop(name, None)
         self._check()
 
-    def constructor(self) -> list[str]:
+    def beginning(self) -> str:
+        """The ``__cinit__``, on one line."""
+        lines = "; ".join(self.defaults)
+        return f"    def __cinit__(self): {lines}" if lines else ""
+
+    def constructor(self) -> str:
         """The ``__init__`` that msgspec would have made of the fields of a record."""
         is_kw_only = any(word.arg == "kw_only" for word in self.node.keywords)
         given, body = ["self", *["*"] * is_kw_only], []
@@ -147,8 +152,8 @@ class Struct:
                 given.append(f"{name}={default}")
             else:
                 raise Unfit(f"{self.node.name}, line {item.lineno}: {default}?")
-            body.append(f"        self.{name if '=' in name else f'{name} = {name}'}")
-        return [f"    def __init__({', '.join(given)}):", *body]
+            body.append(f"self.{name if '=' in name else f'{name} = {name}'}")
+        return f"    def __init__({', '.join(given)}): {'; '.join(body)}"
 
     def _check(self) -> None:
         name, names = self.node.name, _names_in(self.node)
@@ -182,7 +187,7 @@ class Struct:
         self.attributes[target.id] = type_of(annotation)
         if item.value is not None and not self.is_record:
             value = self._default(target.id, item.value)
-            self.defaults.append(f"        self.{target.id} = {value}")
+            self.defaults.append(f"self.{target.id} = {value}")
 
     def _default(self, name: str, value: ast.expr) -> str:
         used = {each.id for each in ast.walk(value) if isinstance(each, ast.Name)}
@@ -313,24 +318,8 @@ def prepare(path: Path, names: tuple[str, ...]) -> None:
     for struct in structs.values():
         _check_uses(tree, struct)
         told += [*struct.declaration(_inherited(struct)), ""]
-    edits: list[tuple[int, int, list[str]]] = []
-    for struct in structs.values():
-        node = struct.node
-        for item in struct.gone:
-            edits.append((item.lineno, item.end_lineno or item.lineno, []))
-        if struct.is_record:
-            last = node.end_lineno or node.lineno
-            edits.append((last + 1, last, struct.constructor()))
-        elif struct.defaults:
-            last = node.end_lineno or node.lineno
-            defaults = ["    def __cinit__(self):", *struct.defaults]
-            edits.append((last + 1, last, defaults))
-        if node.bases:
-            base = f"({struct.base})" if struct.base else ""
-            edits.append((node.lineno, node.lineno, [f"class {node.name}{base}:"]))
-        edits.append((node.lineno, node.lineno - 1, struct.shared))
-    for begin, end, new in sorted(edits, key=lambda edit: -edit[0]):
-        lines[begin - 1 : end] = new
+    for struct in reversed(structs.values()):
+        _change(struct, lines)
     path.write_text("\n".join(lines) + "\n")
     used = sorted(name for name in STRUCTS if f"{name}_t" in "\n".join(told))
     _check_names(tree, path, set(used) - set(names))
@@ -338,6 +327,26 @@ def prepare(path: Path, names: tuple[str, ...]) -> None:
     bases = {struct.base for struct in structs.values()} - {"", *names}
     imports += [f"from {STRUCTS[name]} cimport {name}" for name in sorted(bases)]
     path.with_suffix(".pxd").write_text("\n".join([*imports, "", *told]))
+
+
+def _change(struct: Struct, lines: list[str]) -> None:
+    """Change the source of one class. Each line keeps its number, for tracebacks."""
+    node = struct.node
+    for item in struct.gone:
+        end = item.end_lineno or item.lineno
+        lines[item.lineno - 1 : end] = [""] * (end - item.lineno + 1)
+    if node.bases:
+        base = f"({struct.base})" if struct.base else ""
+        lines[node.lineno - 1] = f"class {node.name}{base}:"
+    added = struct.constructor() if struct.is_record else struct.beginning()
+    after = node.end_lineno or node.lineno
+    if added:
+        lines[after : after + (lines[after : after + 1] == [""])] = [added]
+    if struct.shared:
+        before = node.lineno - 1
+        while before and lines[before - 1]:  # comments
+            before -= 1
+        lines[max(before - 1, 0) : before] = ["; ".join(struct.shared)]
 
 
 def _check_uses(tree: ast.Module, struct: Struct) -> None:

@@ -112,6 +112,44 @@ def test_a_default_of_a_class_with_a_base(prepared: Any):
     assert (one.x, one.y, one.z) == ([1], 1, [2])
 
 
+def test_lines_keep_their_numbers_for_tracebacks(prepared: Any):
+    source = """\
+        import x
+
+        SIZE = 5
+
+
+        # A comment.
+        class A(B):
+            y = 1
+
+            def f(self):
+                return "f"
+
+
+        class C(msgspec.Struct, frozen=True):
+            z: int
+
+
+        class B:
+            w = SIZE
+            a: dict[str, int] = {}
+
+            def __init__(self):
+                self.v = "v"
+
+
+        def g():
+            return "g"
+        """
+    before = dedent(source).splitlines()
+    after = prepared(source, "A", "B", "C").splitlines()
+    assert len(after) == len(before)
+    for number, line in enumerate(before):
+        if "return" in line or line.endswith(("def f(self):", '= "v"')):
+            assert after[number] == line
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
