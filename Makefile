@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 CONSTRAINTS := deploy/constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-# make run TGI_URL=http://host:port | CONFIG=proxy.yaml | LISTEN=host:port
+# make run TGI_URL=http://host:port | CONFIG=proxy.yaml | LISTEN=host:port | COMPILED=1
 SERVE_ARGS := $(if $(LISTEN),--listen $(LISTEN)) $(if $(TGI_URL),--tgi-url $(TGI_URL)) $(if $(CONFIG),--config $(CONFIG))
 
-.PHONY: help run test check fmt types lint cov fuzz bench load soak e2e clean
+COPY := build/compiled
+# Before what is installed; and the current directory, the source's, is not looked at.
+FROM_COPY := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COPY)
+
+.PHONY: help run compiled wheel test testcompiled check fmt types lint cov fuzz bench load soak e2e clean
 
 help: ## say what each target does
-	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 $(VENV)/.run: setup.cfg pyproject.toml $(CONSTRAINTS)
 	@echo 'Setting up $(VENV), once; this takes some ten seconds.'
@@ -21,14 +25,37 @@ $(VENV)/.run: setup.cfg pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(PIP) --editable '.[speed,test,dev]'
+	$(PIP) --editable '.[speed,test,dev,compile]'
 	@touch $@
 
-run: $(VENV)/.run ## serve on 127.0.0.1:8080; TGI_URL=http://host:port or CONFIG=file
-	$(BIN)/python -m proxy serve $(SERVE_ARGS)
+$(VENV)/.compile: $(VENV)/.run
+	$(PIP) --editable '.[speed,compile]'
+	@touch $@
+
+run: $(VENV)/.run $(if $(COMPILED),$(COPY)/.done) ## serve on 127.0.0.1:8080; TGI_URL=http://host:port, CONFIG=file, COMPILED=1
+	$(if $(COMPILED),$(FROM_COPY)) $(BIN)/python -m proxy serve $(SERVE_ARGS)
+
+compiled: $(COPY)/.done ## have Cython compile what every request runs through, into build/compiled
+
+$(COPY)/.done: deploy/compile.py $(VENV)/.compile $(shell find proxy -name '*.py')
+	@echo 'Compiling the proxy into $(COPY); this takes about a minute.'
+	@$(BIN)/python $< $(COPY)
+	@touch $@
+
+wheel: $(COPY)/.done ## a wheel of the compiled proxy in dist, for this Python and this system
+	rm -rf build/wheel
+	mkdir -p build/wheel
+	cp -R $(COPY)/proxy deploy/setup.py setup.cfg pyproject.toml README.md LICENSE build/wheel
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist ./build/wheel
 
 test: $(VENV)/.dev ## run the tests
 	$(BIN)/python -m pytest
+
+testcompiled: $(VENV)/.dev $(COPY)/.done ## run them against the compiled proxy
+	cd $(COPY) && rm -rf tests deploy
+	cp -R tests deploy Makefile README.md SECURITY.md setup.cfg pyproject.toml $(COPY)
+	cd $(COPY) && $(CURDIR)/$(BIN)/python -m proxy --version | grep compiled
+	cd $(COPY) && $(CURDIR)/$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -37,6 +64,7 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/mypy tests
+	$(BIN)/mypy deploy
 
 check: lint types ## formatter, linter, types
 

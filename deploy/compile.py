@@ -9,11 +9,14 @@ in it is tested as the original is (``make testcompiled``).
 
 import argparse
 import ast
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import sysconfig
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -382,26 +385,69 @@ def _inherited(struct: Struct) -> set[str]:
     raise Unfit(f"{path} has no {struct.base}")
 
 
-def build() -> None:
-    """Have all modules compiled where they are, below the current directory."""
-    paths = [module.replace(".", "/") + ".py" for module in MODULES]
+def missing() -> list[str]:
+    """Return what has to be installed before anything can be compiled, and how."""
+    found = []
+    if importlib.util.find_spec("Cython") is None:
+        found.append("Cython: pip install '.[compile]'")
+    if importlib.util.find_spec("setuptools") is None:
+        found.append("setuptools: pip install '.[compile]'")
+    compiler = os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
+    if shutil.which(compiler.split()[0]) is None:
+        found.append(
+            f"a C compiler ({compiler.split()[0]}): apt-get install gcc, or what your"
+            " system calls it"
+        )
+    include = sysconfig.get_path("include")
+    if not Path(include, "Python.h").exists():
+        found.append(
+            f"Python's headers ({include}/Python.h): apt-get install python3-dev, or"
+            " what your system calls it"
+        )
+    return found
+
+
+def build(modules: Iterable[str]) -> None:
+    """Have modules compiled where they are, below the current directory.
+
+    Raises: Unfit: what a compiler says about one of them.
+    """
+    paths = [module.replace(".", "/") + ".py" for module in modules]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiling = {pool.submit(_compile, path): path for path in paths}
+        for number, done in enumerate(as_completed(compiling), 1):
+            if said := done.result():
+                pool.shutdown(cancel_futures=True)
+                raise Unfit(f"{compiling[done]} cannot be compiled:\n{said}")
+            print(f"[{number}/{len(paths)}] {compiling[done]}", flush=True)
+    shutil.rmtree("build")
+    for told in Path().rglob("*.pxd"):
+        told.unlink()
+
+
+def _compile(path: str) -> str:
+    """Return what is wrong, "" if nothing is."""
     options = [f"-X{name}={value}" for name, value in DIRECTIVES.items()]
-    jobs = str(os.cpu_count() or 1)
-    command = [sys.executable, "-m", "Cython.Build.Cythonize", "--inplace", "-j", jobs]
+    command = [sys.executable, "-m", "Cython.Build.Cythonize", "--inplace", "-j", "1"]
     # What is said by -O2 -g0 last counts.
     environment = os.environ | {"CFLAGS": f"{os.environ.get('CFLAGS', '')} -O2 -g0 -w"}
-    subprocess.run([*command, *options, *paths], check=True, env=environment)
-    shutil.rmtree("build")
-    for path in paths:
-        Path(path).with_suffix(".c").unlink()
-    for told in Path("proxy").rglob("*.pxd"):
-        told.unlink()
+    done = subprocess.run(
+        [*command, *options, path],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    Path(path).with_suffix(".c").unlink(missing_ok=True)
+    return done.stdout if done.returncode else ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path, help="is made anew")
     directory = parser.parse_args().directory
+    if needed := missing():
+        sys.exit("\n  - ".join(["To compile the proxy, these are missing:", *needed]))
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     ignored = shutil.ignore_patterns("__pycache__")
@@ -412,9 +458,9 @@ def main() -> None:
     try:
         for module, names in MODULES.items():
             prepare(Path(module.replace(".", "/") + ".py"), names)
+        build(MODULES)
     except Unfit as problem:
         sys.exit(f"deploy/compile.py: {problem}")
-    build()
 
 
 if __name__ == "__main__":

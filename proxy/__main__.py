@@ -7,9 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from proxy import __version__
 from proxy.errors import ConfigError
-from proxy.status import guarded, say
+from proxy.status import guarded, say, version
 
 # What a command needs it imports itself: the parent of workers is to stay small.
 
@@ -81,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser("completions-proxy", description=_DESCRIPTION)
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action="version", version=version())
     commands = parser.add_subparsers(required=True, metavar="command")
 
     serve = commands.add_parser(

@@ -20,7 +20,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
-from proxy import __version__, config
+from proxy import config
 from proxy.config import Settings
 from proxy.errors import ConfigError
 from proxy.listener import Listener
@@ -31,7 +31,7 @@ from proxy.probe import Found, probe
 from proxy.redact import Redactor
 from proxy.relay import LAST_WRITE_S
 from proxy.server import Proxy
-from proxy.status import say
+from proxy.status import say, version
 from proxy.tls import BadFile
 from proxy.upstream import Upstream
 from proxy.watch import POLL_S, Watch
@@ -142,7 +142,7 @@ def _banner(settings: Settings, addresses: list[tuple[str, int]]) -> str:
     question = '{"messages":[{"speaker":"human","text":"What is your name?"}]}'
     token = "-H 'authorization: token TOKEN' " if settings.tokens else ""
     return f"""\
-completions-proxy {__version__}
+completions-proxy {version()}
 
 {config.describe(settings)}
 

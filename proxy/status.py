@@ -1,9 +1,19 @@
-"""How a command ends: its exit status, and what it says when it fails."""
+"""What runs, and how a command ends: its exit status, what it says when it fails."""
 
 import sys
 from collections.abc import Callable
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import find_spec
 
+from proxy import __version__
 from proxy.errors import ConfigError
+
+
+def version() -> str:
+    """Say also whether this is what ``deploy/compile.py`` makes of it."""
+    found = find_spec("proxy.relay")
+    is_compiled = found is not None and isinstance(found.loader, ExtensionFileLoader)
+    return f"{__version__} (compiled)" if is_compiled else __version__
 
 
 def say(text: str) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from proxy import connections, relay, server
-from proxy.upstream.connection import Connection as UpstreamConnection
+from proxy import connections, metrics, relay, server
+from proxy.outbox import Outbox
 from tests.support.client import RawConnection, RawReply, build_request, connect
 from tests.support.dialects import ANTHROPIC, CHAT, CODY, Dialect
 from tests.support.fixtures import (
@@ -22,6 +22,7 @@ from tests.support.fixtures import (
     model_configuration,
     running,
 )
+from tests.support.process import until
 from tests.support.upstream import (
     Close,
     Hang,
@@ -383,22 +384,26 @@ async def test_a_bug_in_a_callback_is_ours_and_said(
     def fail(*_: object) -> None:
         raise RuntimeError("made up")
 
-    monkeypatch.setattr(relay.Relay, "_receive", fail)
+    monkeypatch.setattr(relay, "_is_event_stream", fail)
     answered = await ask(connection, asking(proxy, dialect, stream=True))
     assert b"internal error" in answered.body
     assert proxy.outcomes[-1]["kind"] == "internal"
     await connection.close()
 
 
+class BrokenOutbox(Outbox):
+    def write(self, transport: object, data: bytes) -> None:
+        raise RuntimeError("made up")
+
+
 async def test_a_bug_in_asking_is_ours_and_said(bare, upstream, dialect, monkeypatch):
     proxy = bare
     connection = await warmed(proxy, upstream, dialect, GOOD)
-
-    def fail(*_: object) -> None:
-        raise RuntimeError("made up")
-
+    inside = proxy.inside.upstream
+    await until(lambda: inside.idle == 1)
+    ((idle,),) = inside._idle.values()
     with monkeypatch.context() as patch:
-        patch.setattr(UpstreamConnection, "send", fail)
+        patch.setattr(idle, "_outbox", BrokenOutbox(asyncio.get_running_loop()))
         answered = await ask(connection, asking(proxy, dialect, stream=True))
     assert b"internal error" in answered.body
     assert proxy.outcomes[-1]["kind"] == "internal" and not proxy.inside.relays
@@ -421,7 +426,8 @@ async def test_a_bug_in_counting_leaves_the_connection_usable(
         raise RuntimeError("made up")
 
     with monkeypatch.context() as patch:
-        patch.setattr(proxy.inside.metrics, "count", fail)
+        patch.setattr(metrics, "_BATCH", 1)
+        patch.setattr(metrics, "bisect_left", fail)
         assert (await ask(connection, asking(proxy, CHAT, stream=True))).complete
     assert list(map(str, wrong)) == ["made up"]
     assert (await ask(connection, asking(proxy, CHAT, stream=True))).complete
