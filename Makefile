@@ -11,7 +11,7 @@ SERVE_ARGS := $(if $(LISTEN),--listen $(LISTEN)) $(if $(TGI_URL),--tgi-url $(TGI
 
 COPY := build/compiled
 # Before what is installed; and the current directory, the source's, is not looked at.
-FROM_COPY := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COPY)
+FROM_COPY := env PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COPY)
 
 .PHONY: help run compiled wheel test testcompiled check fmt types lint cov fuzz bench load soak e2e clean
 
@@ -64,7 +64,7 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/mypy tests
-	$(BIN)/mypy deploy
+	$(BIN)/mypy deploy/compile.py
 
 check: lint types ## formatter, linter, types
 

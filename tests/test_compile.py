@@ -1,0 +1,446 @@
+"""What Cython is told of a class is what its code says, and what comes of it behaves alike."""
+
+import asyncio
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+
+from deploy import compile as tool
+from proxy import __version__, relay
+from proxy.relay import Relay
+from proxy.upstream import Upstream, UpstreamReply
+from tests.support.client import build_request, connect
+from tests.support.dialects import CHAT
+from tests.support.fixtures import RunningProxy, Starter, model_configuration
+from tests.support.process import serve, until
+from tests.support.upstream import Hang, ScriptedUpstream, reply, sse_head
+
+Told = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Told:
+    """Have made-up modules prepared; return the source and what is told of the last."""
+
+    def prepared(**sources: str) -> tuple[str, str]:
+        classes = {
+            f"made.{name}": tuple(
+                line.removeprefix("class ").partition("(")[0].rstrip(":")
+                for line in dedent(source).splitlines()
+                if line.startswith("class ")
+            )
+            for name, source in sources.items()
+        }
+        structs = {each: module for module, names in classes.items() for each in names}
+        monkeypatch.setattr(tool, "STRUCTS", structs)
+        monkeypatch.setattr(tool, "ROOT", tmp_path)
+        package = tmp_path / "made"
+        package.mkdir()
+        for beginning in (package / "__init__.py", package / "__init__.pxd"):
+            beginning.touch()
+        for name, source in sources.items():
+            (package / f"{name}.py").write_text(dedent(source))
+        for module, names in classes.items():
+            tool.prepare(tmp_path / (module.replace(".", "/") + ".py"), names)
+        path = package / f"{[*sources][-1]}.py"
+        return path.read_text(), path.with_suffix(".pxd").read_text()
+
+    return prepared
+
+
+# ----------------------------------------------------------------------- what is told
+
+
+def test_attributes_are_those_that_are_set(told: Told):
+    _, pxd = told(
+        one="""
+        class Box:
+            __slots__ = ("inner", "size")
+
+            def __init__(self, inner: "Box | None", size: int) -> None:
+                self.inner = inner
+                self.size = size
+                self.first: Box | None = None
+
+            def fill(self) -> None:
+                self.late = 1
+                self.first.size = 2
+        """
+    )
+    assert pxd.splitlines() == [
+        "from made.one cimport Box as Box_t",
+        "",
+        "cdef class Box:",
+        "    cdef object __weakref__",
+        "    cdef public Box_t inner",
+        "    cdef public object size",
+        "    cdef public Box_t first",
+        "    cdef public object late",
+        "    cpdef object fill(self)",
+    ]
+
+
+def test_class_attributes_become_the_first_lines_of_init(told: Told):
+    source, pxd = told(
+        one="""
+        class Box:
+            '''A box.'''
+
+            limit = 1
+            other: "Box | None" = None
+            name: str
+
+            def __init__(self, limit: int) -> None:
+                self.limit = limit
+        """
+    )
+    assert [line.strip() for line in source.splitlines() if line.strip()] == [
+        "class Box:",
+        "'''A box.'''",
+        "def __init__(self, limit: int) -> None:",
+        "self.limit = 1",
+        "self.other = None",
+        "self.limit = limit",
+    ]
+    for declared in ("object limit", "Box_t other", "object name"):
+        assert f"    cdef public {declared}" in pxd.splitlines()
+
+
+def test_what_is_inherited_is_declared_once(told: Told):
+    source, pxd = told(
+        one="""
+        class Box:
+            def __init__(self) -> None:
+                self.size = 1
+        """,
+        two="""
+        import asyncio
+
+        from made.one import Box
+
+
+        class Crate(Box, asyncio.Protocol):
+            def __init__(self) -> None:
+                self.size = 2
+                self.lid = 3
+        """,
+    )
+    assert pxd.splitlines() == [
+        "from made.one cimport Box",
+        "",
+        "cdef class Crate(Box):",
+        "    cdef public object lid",
+    ]
+    assert "class Crate(Box):" in source.splitlines()
+
+
+def test_a_base_that_is_no_struct_is_left_out(told: Told):
+    source, pxd = told(
+        one="""
+        import asyncio
+
+
+        class Wire(asyncio.Protocol):
+            def __init__(self) -> None:
+                self.size = 1
+        """
+    )
+    assert "class Wire:" in source.splitlines()
+    assert "cdef class Wire:" in pxd.splitlines()
+
+
+def test_properties_are_no_attributes(told: Told):
+    _, pxd = told(
+        one="""
+        class Box:
+            def __init__(self) -> None:
+                self._size = 1
+                self.size = 2
+
+            @property
+            def size(self) -> int:
+                return self._size
+
+            @size.setter
+            def size(self, size: int) -> None:
+                self._size = size
+        """
+    )
+    assert [line for line in pxd.splitlines() if "size" in line] == [
+        "    cdef public object _size"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "signature"),
+    [
+        ("def f(self): ...", "cpdef object f(self)"),
+        ("def f(self, a: int, b=1): ...", "cpdef object f(self, object a, object b=*)"),
+        ("def f(self, a: 'Box') -> Box: ...", "cpdef Box_t f(self, Box_t a)"),
+        ("def f(self, a: None | Box): ...", "cpdef object f(self, Box_t a)"),
+        ("def f(self, a: int | Box | None): ...", "cpdef object f(self, object a)"),
+        ("def f(self, *, a): ...", ""),
+        ("def f(self, *a): ...", ""),
+        ("def f(self, **a): ...", ""),
+        ("async def f(self): ...", ""),
+        ("def f(self): yield", ""),
+        ("def f(self): return lambda: 1", ""),
+        ("def f(self): return sum(x for x in ())", ""),
+        ("def __len__(self): return 1", ""),
+        ("@property\n    def f(self): ...", ""),
+    ],
+)
+def test_methods_are_fast_where_cython_can_make_them_so(
+    told: Told, method: str, signature: str
+):
+    _, pxd = told(one=f"class Box:\n    {method}\n")
+    found = [line.strip() for line in pxd.splitlines() if "cpdef" in line]
+    assert found == ([signature] if signature else [])
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("class Box:\n    size = 1\n", "Box has class attributes, but no __init__"),
+        ("class Box:\n    a, b = 1, 2\n", "Box, line 2: what is this?"),
+    ],
+)
+def test_what_does_not_fit_is_refused(told: Told, source: str, said: str):
+    with pytest.raises(tool.Unfit) as refused:
+        told(one=source)
+    assert str(refused.value) == said
+
+
+def test_a_class_that_is_not_there_is_refused(told: Told, tmp_path: Path):
+    told(one="class Box:\n    pass\n")
+    with pytest.raises(tool.Unfit, match=r"made/one\.py has no Crate"):
+        tool.prepare(tmp_path / "made/one.py", ("Box", "Crate"))
+
+
+@pytest.mark.parametrize("module", tool.MODULES)
+def test_modules_and_classes_of_the_list_exist_and_fit(module: str, tmp_path: Path):
+    source = tool.ROOT / (module.replace(".", "/") + ".py")
+    copy = tmp_path / source.name
+    copy.write_text(source.read_text())
+    tool.prepare(copy, tool.MODULES[module])
+    pxd = copy.with_suffix(".pxd").read_text()
+    for name in tool.MODULES[module]:
+        assert f"cdef class {name}" in pxd
+
+
+# ----------------------------------------------------------------------- what comes of it
+
+
+def needs_compilers() -> None:
+    if missing := tool.missing():
+        if "CI" in os.environ:
+            pytest.fail(f"CI has to have {'; '.join(missing)}")
+        pytest.skip("; ".join(missing))
+
+
+BOX = """
+import asyncio
+
+
+class Box(asyncio.Protocol):
+    limit = 3
+    inner: "Box | None" = None
+
+    def __init__(self, size: int = 1) -> None:
+        self.size = size
+
+    @property
+    def is_full(self) -> bool:
+        return self.size >= self.limit
+
+    def fill(self, more: int = 1) -> "Box":
+        self.size += more
+        return self
+
+    def depth(self) -> int:
+        return 1 + self.inner.depth()
+
+    def inner_size(self) -> int:
+        return self.inner.size
+
+    async def later(self) -> int:
+        await asyncio.sleep(0)
+        return self.size
+"""
+CRATE = """
+from made.box import Box
+
+
+class Crate(Box):
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.limit = 4
+
+    def fill(self, more: int = 2) -> Box:
+        Box.fill(self, more)
+        return self
+"""
+USE = """
+import asyncio, weakref
+import made.box, made.crate
+from made.box import Box
+from made.crate import Crate
+
+def refused(kind, call):
+    try:
+        call()
+    except kind:
+        return
+    raise AssertionError(call)
+
+assert made.box.__file__.endswith(".so"), made.box.__file__
+assert made.crate.__file__.endswith(".so"), made.crate.__file__
+box, crate = Box(), Crate()
+assert (box.size, box.limit, box.inner, box.is_full) == (1, 3, None, False)
+assert box.fill(more=2) is box and box.is_full
+box.limit = 5
+assert (box.is_full, Box().limit) == (False, 3)
+assert isinstance(crate, Box) and (crate.size, crate.limit) == (2, 4)
+assert crate.fill().size == 4 and crate.is_full and crate.fill(1).size == 5
+assert asyncio.run(crate.later()) == 5
+crate.inner = box
+assert crate.inner_size() == 3
+box.inner = None
+for call in (crate.depth, box.depth, box.inner_size):
+    refused(AttributeError, call)
+refused(TypeError, lambda: setattr(box, "inner", 1))
+refused(AttributeError, lambda: setattr(box, "other", 1))
+gone = weakref.ref(crate)
+del crate
+assert gone() is None
+
+class Special(Box):
+    def fill(self, more=1):
+        return "filled"
+
+assert Special().fill() == "filled"
+print("good")
+"""
+
+
+@pytest.mark.timeout(300)
+def test_what_was_compiled_does_the_same(
+    told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    needs_compilers()
+    told(box=BOX, crate=CRATE)
+    monkeypatch.chdir(tmp_path)
+    tool.build(["made.box", "made.crate"])
+    said = capsys.readouterr().out.split()
+    assert (said[0], said[2]) == ("[1/2]", "[2/2]")
+    left = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {".py", ".so"}
+    assert not (tmp_path / "build").exists()
+    # In a process of its own: a crash is to be no one else's.
+    done = subprocess.run(
+        [sys.executable, "-c", USE], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "good\n"), done.stderr
+
+
+@pytest.mark.timeout(300)
+def test_what_a_compiler_does_not_take_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    needs_compilers()
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.py").write_text("def f():\n    return +\n")
+    with pytest.raises(tool.Unfit) as refused:
+        tool.build(["wrong"])
+    assert str(refused.value).startswith("wrong.py cannot be compiled:\n")
+    assert "wrong.py:2:" in str(refused.value)
+
+
+def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    there = tmp_path / "copy"
+    monkeypatch.setattr(sys, "argv", ["compile.py", str(there)])
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setenv("CC", "acme-cc -m64")
+    with pytest.raises(SystemExit) as end:
+        tool.main()
+    said = str(end.value)
+    assert "Cython: pip install '.[compile]'" in said
+    assert "a C compiler (acme-cc): apt-get install gcc" in said
+    assert not there.exists()
+
+
+# ------------------------------------------------------------- of whichever runs here
+
+
+async def test_what_runs_is_said():
+    is_compiled = not str(relay.__file__).endswith(".py")
+    version = f"{__version__} (compiled)" if is_compiled else __version__
+    command = (sys.executable, "-m", "proxy", "--version")
+    asked = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    assert (await asked.communicate())[0].decode() == f"{version}\n"
+    async with serve() as running:
+        assert running.said.startswith(f"completions-proxy {version}\n")
+
+
+USES: dict[str, Callable[[UpstreamReply], object]] = {
+    "header": lambda gone: gone.header("x"),
+    "pairs": lambda gone: gone.pairs,
+    "names": lambda gone: gone.names,
+    "named": lambda gone: gone.named(bool),
+    "listen": lambda gone: gone.listen(None),
+    "is_going_on": lambda gone: gone.is_going_on,
+    "is_complete": lambda gone: gone.is_complete,
+    "failure": lambda gone: gone.failure,
+    "pause": lambda gone: gone.pause(),
+    "resume": lambda gone: gone.resume(),
+}
+
+
+async def test_a_reply_without_its_connection_is_an_error(upstream: ScriptedUpstream):
+    upstream.script(reply(200, body=b"x"))
+    client = Upstream()
+    async with client.open(upstream.url, {}, None, "there") as gone:
+        connection, gone._connection = gone._connection, None  # type: ignore[assignment]
+        for name, use in USES.items():
+            with pytest.raises(AttributeError, match="NoneType"):
+                pytest.fail(f"{name}: {use(gone)}")
+        gone._connection = connection
+        assert await gone.read() == b"x"
+    await client.close()
+
+
+async def test_a_relay_that_let_go_of_all_is_an_error(
+    upstream: ScriptedUpstream, start: Starter
+):
+    upstream.script([sse_head(), Hang()])
+    proxy = await start(model_configuration(upstream.url))
+    body = CHAT.body(stream=True)
+    async with connect(proxy.url) as connection:
+        await connection.send(
+            build_request(proxy.url, "POST", CHAT.path, CHAT.headers, body, False)
+        )
+        await until(lambda: any(each._reply for each in relays(proxy)))
+        (gone,) = relays(proxy)
+    await until(lambda: not relays(proxy))
+    gone.forget()
+    uses: tuple[Callable[[Any], object], ...] = (
+        gone._receive,
+        lambda nothing: gone._step_on(nothing, gone._exchange),
+        lambda nothing: gone._look_again(nothing, True),
+    )
+    for use in uses:
+        with pytest.raises(AttributeError, match="NoneType"):
+            pytest.fail(f"{use(gone._reply)}")
+
+
+def relays(proxy: RunningProxy) -> list[Any]:
+    return [each for each in proxy.inside.relays if isinstance(each, Relay)]
