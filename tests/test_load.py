@@ -20,6 +20,8 @@ from tests.bench.load.results import PASS, Results
 from tests.bench.load.servers import (
     BURST_MODEL,
     Server,
+    Starter,
+    compiled_proxy,
     nginx,
     proxy,
     upstream as simulator,
@@ -264,6 +266,30 @@ def test_proxy_answers_every_kind_that_wrk_asks(sim: Server, own: Server):
     assert len(figures["total"]) == 102 and 10 < figures["cpu_us"] < 50_000
 
 
+async def test_proxy_that_runs_is_the_one_that_is_named(sim: Server, tmp_path: Path):
+    shutil.copytree(tools.ROOT / "proxy", tmp_path / "proxy")
+    with (tmp_path / "proxy" / "__init__.py").open("a") as file:
+        file.write('__version__ = "another"\n')
+    with proxy(sim.port, (BURST_MODEL,), root=tmp_path) as other:
+        reply = await request(f"http://127.0.0.1:{other.port}/healthz")
+    assert reply.text == "another"
+
+
+@pytest.mark.parametrize("with_compiled", [False, True])
+def test_compiled_proxy_is_asked_all_that_the_other_is(with_compiled: bool):
+    ways = load._ways(["litellm"], with_compiled=with_compiled)
+    own = {way.name: (way.start, way.dialect) for way in ways[1:-1]}
+    expected: dict[str, tuple[Starter, Dialect]] = {
+        PASS: (proxy, OPENAI),
+        "Cody": (proxy, CODY),
+    }
+    if with_compiled:
+        expected["pass-through, compiled"] = (compiled_proxy, OPENAI)
+        expected["Cody, compiled"] = (compiled_proxy, CODY)
+    assert own == expected
+    assert [way.name for way in (ways[0], ways[-1])] == ["nginx", "litellm"]
+
+
 def test_nginx_answers_wrk(sim: Server):
     needs("wrk", "nginx")
     with nginx(sim.port, ()) as server:
@@ -319,8 +345,11 @@ def paced(cpu_us_event: float, us: int, **own: float) -> tools.Figures:
     return requests(cpu_us_event * 64) | events
 
 
-def results(**peers: float) -> Results:
-    plain = {"nginx": 10.0, PASS: 25.0, "Cody": 31.0, **peers}
+COMPILED = {"pass-through, compiled": 20.0, "Cody, compiled": 24.0}
+
+
+def results(**others: float) -> Results:
+    plain = {"nginx": 10.0, PASS: 25.0, "Cody": 31.0, **others}
     scenarios = {
         "plain": {way: requests(cpu) for way, cpu in plain.items()},
         "paced": {way: paced(cpu, round(cpu)) for way, cpu in plain.items()},
@@ -358,6 +387,18 @@ def test_goals_are_judged_by_ratios_of_the_same_round():
     grown = verdicts["api-version 1, growth of cost to that of bytes", "Cody v1"]
     assert (grown.measured, grown.said) == (0.5, "pass")
     assert verdicts["start-up, s", PASS].said == "not measured"
+    assert not any(verdict.compiled for verdict in verdicts.values())
+
+
+def test_goals_are_judged_by_the_compiled_proxy_where_there_is_one():
+    verdicts = {(v.goal, v.way): v for v in goals.verdicts(results(**COMPILED))}
+    plain = verdicts["plain request, CPU × nginx", "Cody"]
+    assert (plain.measured, plain.compiled, plain.said) == (3.1, 2.4, "pass")
+    paced = verdicts["paced stream, CPU per event × nginx", PASS]
+    assert (paced.measured, paced.compiled, paced.said) == (2.5, 2, "MISS")
+    # Not measured of the compiled one: then the other counts.
+    lost = verdicts["1,000 streams, events lost", "Cody"]
+    assert (lost.measured, lost.compiled, lost.said) == (9, None, "MISS")
 
 
 def test_report_says_figures_noise_and_verdicts():
@@ -370,15 +411,22 @@ def test_report_says_figures_noise_and_verdicts():
     assert row.split()[-7:] == ["25", "2.50", "500", "0.15", "0.19", "0.20", "0"]
     assert "18 replies were not as they should be" in lines[3]
     (goal,) = (x for x in lines if x.startswith("plain request, CPU × nginx: Cody"))
-    assert goal.split()[-3:] == ["3.10", "3", "MISS"]
+    assert goal.split()[-4:] == ["3.10", "–", "3", "MISS"]
+    lines = report.text(results(**COMPILED)).splitlines()
+    (row,) = (x for x in lines if x.startswith("plain request") and "Cody, comp" in x)
+    assert row.split()[-7:-5] == ["24", "2.40"]
+    (goal,) = (x for x in lines if x.startswith("plain request, CPU × nginx: Cody"))
+    assert goal.split()[-4:] == ["3.10", "2.40", "3", "pass"]
 
 
 def test_picture_shows_the_figures():
-    root = ET.fromstring(draw.svg(results(litellm=5000.0)))
+    root = ET.fromstring(draw.svg(results(**COMPILED, litellm=5000.0)))
     texts = ["".join(e.itertext()) for e in root.iter() if e.tag.endswith("text")]
     assert "2026-01-02; 2 × <CPU> & more; others kept 0.2 CPUs busy" in texts
     assert "nginx 1.2" in texts
     for figure in ("10.0", "25.0 (× 2.5)", "31.0 (× 3.1)", "5,000 (× 500)"):
+        assert figure in texts
+    for figure in ("20.0 (× 2.0)", "24.0 (× 2.4)", "Cody, compiled"):
         assert figure in texts
     bars = {
         e.get("class"): float(e.get("width", "nan"))
@@ -386,11 +434,13 @@ def test_picture_shows_the_figures():
         if (e.get("class") or "").startswith("bar")
     }
     assert bars["bar nginx"] / bars["bar cody"] == pytest.approx(10 / 31, rel=0.01)
+    compiled = bars["bar cody-compiled"] / bars["bar cody"]
+    assert compiled == pytest.approx(24 / 31, rel=0.01)
     assert (
         bars["bar peer"] == bars["bar cody"]
     )  # broken off: nothing leaves the picture
     curves = [e for e in root.iter() if (e.get("class") or "").startswith("curve")]
-    assert len(curves) == 2 * 4
+    assert len(curves) == 2 * 6
     numbers = " ".join(curve.get("d", "") for curve in curves)
     assert "nan" not in numbers and "inf" not in numbers
 
@@ -400,7 +450,7 @@ def test_picture_without_anything_measured_is_one_still():
 
 
 def test_results_survive_their_file(tmp_path: Path):
-    found = results()
+    found = results(**COMPILED)
     file = tmp_path / "results.json"
     file.write_text(json.dumps(dataclasses.asdict(found)))
     assert report.text(Results(**json.loads(file.read_text()))) == report.text(found)

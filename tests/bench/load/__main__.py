@@ -14,7 +14,14 @@ from pathlib import Path
 
 from tests.bench.load import draw, machine, measure, report, servers, tools
 from tests.bench.load.measure import CROWD, LENGTHS, PACED, Dialect
-from tests.bench.load.results import CODY, CODY_V1, PASS, REFERENCE, Results
+from tests.bench.load.results import (
+    CODY,
+    CODY_V1,
+    PASS,
+    REFERENCE,
+    Results,
+    compiled,
+)
 from tests.bench.load.servers import Server, Starter
 from tests.bench.load.tools import Figures
 
@@ -56,9 +63,15 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         parts = ("requests",)
+    missing = tools.compile_proxy()
+    if missing:
+        print(
+            f"The compiled proxy is not measured: there is no {'; no '.join(missing)}",
+            file=sys.stderr,
+        )
     machine.allow_many_files()
     machine.step_aside()
-    results = _measured(options, parts)
+    results = _measured(options, parts, with_compiled=not missing)
     print(report.text(results))
     if options.json:
         options.json.write_text(json.dumps(asdict(results), indent=1) + "\n")
@@ -94,19 +107,31 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _measured(options: argparse.Namespace, parts: tuple[str, ...]) -> Results:
-    ways = [
-        Way(REFERENCE, servers.nginx, measure.OPENAI),
+def _ways(peers: list[str], *, with_compiled: bool) -> list[Way]:
+    own = [
         Way(PASS, servers.proxy, measure.OPENAI),
         Way(CODY, servers.proxy, measure.CODY),
-        *(
-            Way(name, servers.PEERS[name], measure.OPENAI, peer=True)
-            for name in options.peers
-        ),
     ]
+    if with_compiled:
+        own += [
+            Way(compiled(way.name), servers.compiled_proxy, way.dialect) for way in own
+        ]
+    return [
+        Way(REFERENCE, servers.nginx, measure.OPENAI),
+        *own,
+        *(Way(name, servers.PEERS[name], measure.OPENAI, peer=True) for name in peers),
+    ]
+
+
+def _measured(
+    options: argparse.Namespace, parts: tuple[str, ...], *, with_compiled: bool
+) -> Results:
+    ways = _ways(options.peers, with_compiled=with_compiled)
     now = datetime.datetime.now(datetime.UTC)
     results = Results(
-        f"{now:%Y-%m-%d}", machine.description(), _versions(options.peers)
+        f"{now:%Y-%m-%d}",
+        machine.description(),
+        _versions(options.peers, with_compiled),
     )
     with contextlib.ExitStack() as stack:
         upstream = stack.enter_context(servers.upstream())
@@ -115,8 +140,8 @@ def _measured(options: argparse.Namespace, parts: tuple[str, ...]) -> Results:
             for start in dict.fromkeys(way.start for way in ways)
         }
         for start, server in up.items():  # so that nobody is measured cold
-            own = start is servers.proxy
-            for kind in ("mixed",) if own else ("openai-plain", "openai-stream"):
+            is_ours = start in (servers.proxy, servers.compiled_proxy)
+            for kind in ("mixed",) if is_ours else ("openai-plain", "openai-stream"):
                 measure.asked(server, upstream, kind, 1)
         for number in range(1, options.rounds + 1):
             found: dict[str, dict[str, Figures]] = {}
@@ -140,8 +165,9 @@ def _round(
     upstream: Server,
 ) -> Iterator[tuple[str, str, Figures]]:
     """Measure everything once; yield the scenario, the way, and the figures."""
-    proxy, seconds = up[servers.proxy], 1 if quick else 2
+    seconds = 1 if quick else 2
     own = [way for way in ways if not way.peer]
+    cody = [way for way in own if way.dialect is measure.CODY]
     if "requests" in parts:
         for scenario, kind in (("plain", "plain"), ("burst", "stream")):
             for way in ways:
@@ -154,7 +180,9 @@ def _round(
                 )
                 yield scenario, way.name, figures
         for scenario, kind in () if quick else _CODY_KINDS.items():
-            yield scenario, CODY, measure.asked(proxy, upstream, kind, seconds)
+            for way in cody:
+                figures = measure.asked(up[way.start], upstream, kind, seconds)
+                yield scenario, way.name, figures
     if "paced" in parts:
         for way in ways:
             share = 0.2 if way.peer else 1  # some cannot keep up
@@ -174,21 +202,28 @@ def _round(
                 measure.streamed(server, upstream, way.dialect, CROWD, share),
             )
     if "lengths" in parts:
-        asked = {PASS: measure.OPENAI, CODY: measure.CODY, CODY_V1: measure.CODY_V1}
+        grown = [
+            *own[1:],
+            *(
+                Way(way.name.replace(CODY, CODY_V1), way.start, measure.CODY_V1)
+                for way in cody
+            ),
+        ]
         for tokens, paced in LENGTHS.items():
-            for name, dialect in asked.items():
+            for way in grown:
                 share = 0.5 if quick else 1
-                figures = measure.streamed(proxy, upstream, dialect, paced, share)
-                yield f"length {tokens}", name, figures
+                server = up[way.start]
+                figures = measure.streamed(server, upstream, way.dialect, paced, share)
+                yield f"length {tokens}", way.name, figures
     if "rest" in parts:
         for way in ways:
-            if way.name != CODY:  # the same process as for passing through
+            if way not in cody:  # the same process as for passing through
                 yield "started", way.name, measure.started(way.start, upstream)
         for way in own[1:] if quick else own:
             yield "held", way.name, measure.held(way.start, upstream, way.dialect)
 
 
-def _versions(peers: list[str]) -> dict[str, str]:
+def _versions(peers: list[str], with_compiled: bool) -> dict[str, str]:
     nginx = subprocess.run(
         [tools.where("nginx") or "nginx", "-v"],
         capture_output=True,
@@ -199,7 +234,7 @@ def _versions(peers: list[str]) -> dict[str, str]:
         platform.python_implementation(): platform.python_version(),
         "nginx": nginx.stderr.rpartition("/")[2].strip(),
     }
-    for package in ("aiohttp", "uvloop"):
+    for package in ("aiohttp", "uvloop", *(["Cython"] if with_compiled else [])):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

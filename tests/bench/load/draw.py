@@ -11,6 +11,7 @@ from tests.bench.load.results import (
     REFERENCE,
     Pick,
     Results,
+    compiled,
     cpu_us,
     cpu_us_event,
 )
@@ -38,6 +39,8 @@ _HUES = {
     "nginx": ("#818b98", "#9198a1"),
     "pass": ("#0969da", "#4493f8"),
     "cody": ("#bc4c00", "#f0883e"),
+    "pass-compiled": ("#54aeff", "#a5d6ff"),
+    "cody-compiled": ("#fb8f44", "#ffc680"),
     "peer": ("#8250df", "#ab7df8"),
 }
 _INKS = {
@@ -97,7 +100,9 @@ def _versions(results: Results) -> str:
 
 
 def _class(way: str) -> str:
-    return {REFERENCE: "nginx", PASS: "pass", CODY: "cody"}.get(way, "peer")
+    names = {REFERENCE: "nginx", PASS: "pass", CODY: "cody"}
+    names |= {compiled(way): f"{names[way]}-compiled" for way in (PASS, CODY)}
+    return names.get(way, "peer")
 
 
 def _text(x: float, y: float, text: str, style: str = "", anchor: str = "start") -> str:
@@ -171,7 +176,7 @@ def _all_curves(results: Results, top: float) -> Iterator[str]:
 def _plot(
     curves: dict[str, list[float]], title: str, x: float, top: float, width: float
 ) -> Iterator[str]:
-    left, right, bottom = x + 44, x + width - 92, top + 24 + _CURVE_HEIGHT
+    left, right, bottom = x + 44, x + width - 132, top + 24 + _CURVE_HEIGHT
     every = [max(1.0, values[n + 1]) for values in curves.values() for n in range(100)]
     lowest = math.floor(math.log10(min(every)))
     highest = max(lowest + 1, math.ceil(math.log10(max(every))))

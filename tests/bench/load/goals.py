@@ -11,6 +11,7 @@ from tests.bench.load.results import (
     Results,
     at,
     bytes_per_event,
+    compiled,
     cpu_us,
     cpu_us_event,
 )
@@ -112,19 +113,29 @@ GOALS = (
 
 @dataclass(frozen=True)
 class Verdict:
+    """``compiled`` is what was measured of the compiled proxy: if it was, that counts."""
+
     goal: str
     way: str
     measured: float | None
+    compiled: float | None
     limit: float
 
     @property
     def said(self) -> str:
-        if self.measured is None:
+        counts = self.measured if self.compiled is None else self.compiled
+        if counts is None:
             return "not measured"
-        return "pass" if self.measured <= self.limit else "MISS"
+        return "pass" if counts <= self.limit else "MISS"
 
 
 def verdicts(results: Results) -> Iterator[Verdict]:
     for goal in GOALS:
         for way, limit in goal.limits.items():
-            yield Verdict(goal.name, way, goal.measure(results, way), limit)
+            yield Verdict(
+                goal.name,
+                way,
+                goal.measure(results, way),
+                goal.measure(results, compiled(way)),
+                limit,
+            )

@@ -105,11 +105,11 @@ def _lines(results: Results) -> Iterator[str]:
     yield from _table(results, "memory and start", started, _STATE_COLUMNS)
     yield from _table(results, "memory of streams", held, _HELD_COLUMNS)
     yield ""
-    yield f"{'goals':<54}{'measured':>10}{'at most':>10}"
+    yield f"{'goals':<54}{'measured':>10}{'compiled':>10}{'at most':>10}"
     for verdict in verdicts(results):
-        measured = _number(verdict.measured)
+        both = f"{_number(verdict.measured):>10}{_number(verdict.compiled):>10}"
         name = f"{verdict.goal}: {verdict.way}"
-        yield f"{name:<54}{measured:>10}{verdict.limit:>10g}  {verdict.said}"
+        yield f"{name:<54}{both}{verdict.limit:>10g}  {verdict.said}"
 
 
 def _busy(results: Results) -> str:
@@ -128,12 +128,12 @@ def _table(
     columns: Mapping[str, Column],
 ) -> Iterator[str]:
     yield ""
-    yield f"{title:<42}" + "".join(f"{column:>10}" for column in columns)
+    yield f"{title:<52}" + "".join(f"{column:>10}" for column in columns)
     for scenario, name in scenarios.items():
         for way in results.ways(scenario):
             cells = (column(results, scenario, way) for column in columns.values())
             row = "".join(f"{_number(cell):>10}" for cell in cells)
-            yield f"{name:<28} {way:<13}{row}"
+            yield f"{name:<28} {way:<23}{row}"
 
 
 def _number(value: float | None) -> str:

@@ -9,6 +9,12 @@ from tests.bench.load.tools import Figures
 REFERENCE = "nginx"
 PASS, CODY, CODY_V1 = "pass-through", "Cody", "Cody v1"
 
+
+def compiled(way: str) -> str:
+    """Return what the same way is called through the compiled proxy."""
+    return f"{way}, compiled"
+
+
 Pick = Callable[[Figures], float]
 
 

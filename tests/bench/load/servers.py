@@ -1,6 +1,7 @@
 """Starting what is measured: the proxy, nginx, peers; and the upstream of them all."""
 
 import contextlib
+import functools
 import os
 import socket
 import subprocess
@@ -67,15 +68,23 @@ def upstream() -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def proxy(upstream_port: int, models: tuple[str, ...]) -> Iterator[Server]:
-    """Start the proxy as a product: with tokens asked for and its log line written."""
+def proxy(
+    upstream_port: int, models: tuple[str, ...], root: Path = tools.ROOT
+) -> Iterator[Server]:
+    """Start the proxy as a product: with tokens asked for and its log line written.
+
+    Args: root: where the package is that is to be run.
+    """
     port = _free_port()
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "proxy.yaml"
         file.write_text(yaml.safe_dump(_configuration(port, upstream_port, models)))
         command = (sys.executable, "-m", "proxy", "serve", "--config", str(file))
-        with _running(port, command) as server:
+        with _running(port, command, root=root) as server:
             yield server
+
+
+compiled_proxy: Starter = functools.partial(proxy, root=tools.COPY)
 
 
 def _configuration(
@@ -168,6 +177,7 @@ def _running(
     cpus: set[int] | None = None,
     environ: dict[str, str] | None = None,
     within_s: float = 20,
+    root: Path = tools.ROOT,
 ) -> Iterator[Server]:
     begun = time.monotonic()
     with tempfile.TemporaryFile() as said:
@@ -177,6 +187,7 @@ def _running(
             stdout=subprocess.DEVNULL,
             stderr=said,
             env=os.environ | (environ or {}),
+            cwd=root,
         )
         try:
             os.sched_setaffinity(process.pid, cpus or machine.halves()[0])

@@ -10,9 +10,12 @@ import venv
 from pathlib import Path
 from typing import Any
 
+from deploy import compile as proxy_compiler
+
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "deploy" / "wrk" / "request.lua"
 BUILD = ROOT / "build"
+COPY = BUILD / "compiled"  # of the proxy, see deploy/compile.py
 
 PACKAGES = {"litellm": "litellm[proxy]"}  # of peers
 
@@ -34,9 +37,28 @@ def compiled(program: str) -> Path | None:
     if shutil.which(os.environ.get("CC", "cc")) is None:
         return None
     made = BUILD / "bench" / program
-    command = ("make", "--silent", "--no-print-directory", str(made.relative_to(ROOT)))
-    subprocess.run(command, cwd=ROOT, check=True, env=_clean_environ())
+    _make(made)
     return made
+
+
+def compile_proxy() -> list[str]:
+    """Build the compiled proxy, if need be; return what is missing for that."""
+    if not (missing := proxy_compiler.missing()):
+        # For the Python that runs this, wherever it is.
+        python = f"BIN={Path(sys.executable).parent}"
+        _make(COPY / ".done", python, "--old-file=.venv/.compile")
+    return missing
+
+
+def _make(target: Path, *options: str) -> None:
+    command = ("make", "--silent", "--no-print-directory", *options)
+    subprocess.run(
+        (*command, str(target.relative_to(ROOT))),
+        cwd=ROOT,
+        check=True,
+        env=_clean_environ(),
+        stdout=sys.stderr,
+    )
 
 
 def installed(program: str) -> Path:
