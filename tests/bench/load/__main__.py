@@ -88,7 +88,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         metavar="PART",
         help=f"of {', '.join(PARTS)}; all by default",
     )
-    parser.add_argument("--quick", action="store_true", help="in less than a minute")
+    parser.add_argument("--quick", action="store_true", help="in a minute and a half")
     parser.add_argument("--rounds", type=int, metavar="N", help="3, or 1 if quick")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the results")
