@@ -88,7 +88,7 @@ def test_attributes_are_those_that_are_set(told: Told):
     ]
 
 
-def test_class_attributes_become_the_first_lines_of_init(told: Told):
+def test_class_attributes_are_set_before_init(told: Told):
     source, pxd = told(
         one="""
         class Box:
@@ -106,11 +106,38 @@ def test_class_attributes_become_the_first_lines_of_init(told: Told):
         "class Box:",
         "'''A box.'''",
         "def __init__(self, limit: int) -> None:",
+        "self.limit = limit",
+        "def __cinit__(self):",
         "self.limit = 1",
         "self.other = None",
-        "self.limit = limit",
     ]
     for declared in ("object limit", "Box_t other", "object name"):
+        assert f"    cdef public {declared}" in pxd.splitlines()
+
+
+def test_fields_of_a_record_become_arguments(told: Told):
+    source, pxd = told(
+        one="""
+        import msgspec
+
+
+        class Box(msgspec.Struct, frozen=True, kw_only=True):
+            size: int
+            name: str = ""
+            inner: "Box | None" = None
+            more: list[int] = []
+        """
+    )
+    assert [line.strip() for line in source.splitlines() if line.strip()] == [
+        "import msgspec",
+        "class Box:",
+        "def __init__(self, *, size, name='', inner=None, more=None):",
+        "self.size = size",
+        "self.name = name",
+        "self.inner = inner",
+        "self.more = [] if more is None else more",
+    ]
+    for declared in ("object size", "object name", "Box_t inner", "object more"):
         assert f"    cdef public {declared}" in pxd.splitlines()
 
 
@@ -209,8 +236,9 @@ def test_methods_are_fast_where_cython_can_make_them_so(
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("class Box:\n    size = 1\n", "Box has class attributes, but no __init__"),
         ("class Box:\n    a, b = 1, 2\n", "Box, line 2: what is this?"),
+        ("class Box(msgspec.Struct):\n    a = 1\n", "Box, line 2: no field"),
+        ("class Box(msgspec.Struct):\n    a: int = f()\n", "Box, line 2: f()?"),
     ],
 )
 def test_what_does_not_fit_is_refused(told: Told, source: str, said: str):
@@ -276,7 +304,15 @@ class Box(asyncio.Protocol):
         return self.size
 """
 CRATE = """
+import msgspec
+
 from made.box import Box
+
+
+class Label(msgspec.Struct, frozen=True, kw_only=True):
+    text: str
+    box: Box | None = None
+    more: list[int] = []
 
 
 class Crate(Box):
@@ -292,7 +328,7 @@ USE = """
 import asyncio, weakref
 import made.box, made.crate
 from made.box import Box
-from made.crate import Crate
+from made.crate import Crate, Label
 
 def refused(kind, call):
     try:
@@ -318,6 +354,12 @@ for call in (crate.depth, box.depth, box.inner_size):
     refused(AttributeError, call)
 refused(TypeError, lambda: setattr(box, "inner", 1))
 refused(AttributeError, lambda: setattr(box, "other", 1))
+label = Label(text="a", box=box)
+assert (label.text, label.box, label.more) == ("a", box, [])
+assert Label(text="b").more is not label.more
+refused(TypeError, lambda: Label("a"))
+refused(TypeError, Label)
+refused(TypeError, lambda: Label(text="a", box=1))
 gone = weakref.ref(crate)
 del crate
 assert gone() is None

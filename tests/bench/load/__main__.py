@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     missing = tools.compile_proxy()
     if missing:
         print(
-            f"The compiled proxy is not measured: there is no {'; no '.join(missing)}",
+            f"The compiled proxy is not measured; missing: {'; '.join(missing)}",
             file=sys.stderr,
         )
     machine.allow_many_files()
