@@ -37,7 +37,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "proxy.exchange": ("Exchange",),
     "proxy.heads": (),
     "proxy.knobs": ("Knobs",),
-    "proxy.limits": ("Gauge", "InFlight"),
+    "proxy.limits": ("Gauge", "InFlight", "Plan"),
     "proxy.log": ("ExchangeLog",),
     "proxy.metrics": ("_Sums", "Metrics"),
     "proxy.outcome": (),
@@ -273,8 +273,11 @@ def signature(function: ast.FunctionDef, *, is_method: bool) -> str:
 def _is_fast(function: ast.FunctionDef) -> bool:
     """Whether others can call it without going by Python's protocol."""
     arguments = function.args
+    # Of such a function Cython cannot tell ``super()`` what it is in.
+    names = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
     return (
-        not function.name.startswith("__")
+        "super" not in names
+        and not function.name.startswith("__")
         and not (arguments.posonlyargs or arguments.kwonlyargs)
         and not (arguments.vararg or arguments.kwarg)
         and not any(
@@ -450,8 +453,7 @@ def main() -> None:
         sys.exit("\n  - ".join(["To compile the proxy, these are missing:", *needed]))
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "proxy", directory / "proxy", ignore=ignored)
+    _copy_to(directory)
     os.chdir(directory)
     for package in Path("proxy").rglob("__init__.py"):
         package.with_suffix(".pxd").touch()
@@ -461,6 +463,15 @@ def main() -> None:
         build(MODULES)
     except Unfit as problem:
         sys.exit(f"deploy/compile.py: {problem}")
+    # Tracebacks quote the sources, and another Python, for which nothing was compiled,
+    # runs them.
+    _copy_to(Path())
+
+
+def _copy_to(directory: Path) -> None:
+    ignored = shutil.ignore_patterns("__pycache__")
+    package = directory / "proxy"
+    shutil.copytree(ROOT / "proxy", package, ignore=ignored, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -107,9 +107,7 @@ def test_class_attributes_are_set_before_init(told: Told):
         "'''A box.'''",
         "def __init__(self, limit: int) -> None:",
         "self.limit = limit",
-        "def __cinit__(self):",
-        "self.limit = 1",
-        "self.other = None",
+        "def __cinit__(self): self.limit = 1; self.other = None",
     ]
     for declared in ("object limit", "Box_t other", "object name"):
         assert f"    cdef public {declared}" in pxd.splitlines()
@@ -131,11 +129,9 @@ def test_fields_of_a_record_become_arguments(told: Told):
     assert [line.strip() for line in source.splitlines() if line.strip()] == [
         "import msgspec",
         "class Box:",
-        "def __init__(self, *, size, name='', inner=None, more=None):",
-        "self.size = size",
-        "self.name = name",
-        "self.inner = inner",
-        "self.more = [] if more is None else more",
+        "def __init__(self, *, size, name='', inner=None, more=None):"
+        " self.size = size; self.name = name; self.inner = inner;"
+        " self.more = [] if more is None else more",
     ]
     for declared in ("object size", "object name", "Box_t inner", "object more"):
         assert f"    cdef public {declared}" in pxd.splitlines()
