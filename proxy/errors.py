@@ -346,3 +346,16 @@ class ConfigError(ProxyError):
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = list(problems)
+
+
+def drop_traceback(error: BaseException) -> None:
+    """Forget where an error came from, when everybody knows of it.
+
+    Its traceback leads to all that was in use there, and some of that back to the error:
+    it would stay until the garbage collector comes, which is seldom.
+    """
+    each: BaseException | None = error
+    while each is not None:
+        following = each.__cause__ or each.__context__
+        each.__traceback__ = each.__cause__ = each.__context__ = None
+        each = following

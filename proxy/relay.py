@@ -29,6 +29,7 @@ from proxy.errors import (
     TokenGapTimeout,
     UpstreamFault,
     UpstreamStatus,
+    drop_traceback,
 )
 from proxy.exchange import Exchange
 from proxy.log import ExchangeLog
@@ -190,6 +191,8 @@ class Relay:
         """
         if self._exchange is not None:
             self._exchange.error = None
+        if self.error is not None:
+            drop_traceback(self.error)
         self.error = self._stopped = None
         self._failure = self._ended = self._call_task = None
         self._exchange = self._reply = self._event = self._task = None

@@ -29,6 +29,7 @@ from proxy.errors import (
     ShuttingDown,
     Unauthorized,
     UpstreamFault,
+    drop_traceback,
 )
 from proxy.modelconfig.resolved import Endpoint, Provider as ProviderSettings
 from proxy.outcome import Outcome
@@ -113,6 +114,7 @@ class Handling:
             await answer
         except ProxyError as error:
             self.response.reply(self._say_error(self._noted(error)))
+            drop_traceback(error)
         except ConnectionError:
             raise
         except Exception:

@@ -385,6 +385,8 @@ class Connection(asyncio.Protocol):
         self._wake()
         self._stop_lingering()
         self.resume_writing()
+        # What it calls is ours: a circle, for which only the collector would come.
+        self._parser = cast(httptools.HttpResponseParser, None)
 
     def pause_writing(self) -> None:
         self._can_write = False
