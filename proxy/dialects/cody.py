@@ -470,25 +470,34 @@ class _Writer:
         return plain_error(_plain_status(error), message, error_headers(error))
 
     def body(self, deltas: list[Delta]) -> bytes:
-        text = "".join([d.text for d in deltas if type(d) is Text])
-        reason = next((d.reason for d in deltas if type(d) is Finish), "")
-        reply = f'{{"completion":{_quote(text)},"stopReason":{_quote(reason)}'
-        if self._version >= USAGE_VERSION and (more := self._more(deltas)):
-            # Put together, since an encoder for this form costs more than the rest.
-            reply += "," + json.dumps(more, separators=(",", ":"))[1:-1]
-        return f"{reply}}}\n".encode("ascii")
-
-    def _more(self, deltas: list[Delta]) -> dict[str, object]:
-        """What newer versions know of a whole reply, besides its text."""
-        more: dict[str, object] = {}
+        # Put together, since an encoder for this form costs more than all the rest.
+        texts: list[str] = []
+        reason: str | None = None
+        model, usage = "", ""
+        is_more = False
         for delta in deltas:
-            if isinstance(delta, Usage):
-                more["usage"] = _usage(delta)
-            elif isinstance(delta, Start) and delta.model:
-                more["model"] = delta.model
-        if self._version >= TOOLS_VERSION:
-            more |= _thoughts_and_calls(deltas)
-        return more
+            if type(delta) is Text:
+                texts.append(delta.text)
+            elif type(delta) is Finish:
+                reason = delta.reason if reason is None else reason
+            elif type(delta) is Start:
+                model = f',"model":{_quote(delta.model)}' if delta.model else model
+            elif type(delta) is Usage:
+                usage = f',"usage":{_usage(delta)}'
+            else:
+                is_more = True
+        text, ending = _quote("".join(texts)), _quote(reason or "")
+        reply = f'{{"completion":{text},"stopReason":{ending}'
+        if self._version >= USAGE_VERSION:
+            reply += model + usage
+        if (
+            is_more
+            and self._version >= TOOLS_VERSION
+            and (fields := _thoughts_and_calls(deltas))
+        ):
+            more = json.dumps(fields, separators=(",", ":"))
+            reply += f",{more[1:-1]}"
+        return f"{reply}}}\n".encode("ascii")
 
 
 _MOST_REPEATED_CHARS = 64 * 1024
@@ -582,8 +591,7 @@ class DeltaWriter(_Writer):
         if isinstance(delta, Start):
             self._model = delta.model
         elif isinstance(delta, Usage) and self._version >= USAGE_VERSION:
-            usage = json.dumps(_usage(delta), separators=(",", ":"))
-            return f'"usage":{usage}{self._model_field()}'
+            return f'"usage":{_usage(delta)}{self._model_field()}'
         elif isinstance(delta, Thinking) and self._version >= TOOLS_VERSION:
             return f'"delta_thinking":{_quote(delta.text)}'
         elif isinstance(delta, ToolCall) and self._version >= TOOLS_VERSION:
@@ -606,15 +614,16 @@ def _plain_status(error: ProxyError) -> int:
     return error.status
 
 
-def _usage(usage: Usage) -> dict[str, object]:
-    wire: dict[str, object] = {
-        "completion_tokens": usage.completion_tokens,
-        "prompt_tokens": usage.prompt_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-    }
+def _usage(usage: Usage) -> str:
+    """As JSON."""
+    asked, answered = usage.prompt_tokens, usage.completion_tokens
+    text = (
+        f'{{"completion_tokens":{answered},"prompt_tokens":{asked},'
+        f'"total_tokens":{asked + answered}'
+    )
     if usage.cached_tokens is not None:
-        wire["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
-    return wire
+        text += f',"prompt_tokens_details":{{"cached_tokens":{usage.cached_tokens}}}'
+    return text + "}"
 
 
 def _call(call: ToolCall) -> dict[str, object]:

@@ -113,11 +113,17 @@ def build_chat(request: CompletionRequest, profile: Profile) -> bytes:
     """
     if not request.messages:
         raise InvalidPrompt("found zero messages in prompt")
-    if all(message.is_empty for message in request.messages):
+    messages: list[_Message] = []
+    is_empty = True
+    for message in request.messages:
+        is_empty = is_empty and message.is_empty
+        messages += _messages(message)
+    if is_empty:
         raise InvalidPrompt("message content cannot be empty")
     body = _sampling(request, profile)
-    body.messages = [wire for m in request.messages for wire in _messages(m)]
-    body.tools = [_tool(tool) for tool in request.tools] or None
+    body.messages = messages
+    if request.tools:
+        body.tools = [_tool(tool) for tool in request.tools]
     if request.tools and request.tool_choice is not None:
         body.tool_choice = _tool_choice(request.tool_choice)
     return _encode(body)
