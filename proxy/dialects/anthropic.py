@@ -3,8 +3,6 @@
 Source: https://docs.anthropic.com/en/api/messages and …/messages-streaming.
 """
 
-import json
-
 import msgspec
 
 from proxy.completion import (
@@ -22,7 +20,7 @@ from proxy.completion import (
     ToolResultPart,
     Usage,
 )
-from proxy.dialects.base import Reader, decode_typed
+from proxy.dialects.base import Reader, decode_typed, dump
 from proxy.dialects.fault import decode_arguments
 from proxy.errors import InvalidPrompt, UpstreamReported
 from proxy.sse import Event
@@ -320,7 +318,7 @@ class MessagesReader(Reader):
             self._calls[index] = number, block.id, block.name
             # A stream starts with {} and sends the arguments in pieces.
             whole = block.input is not None and (self.finished or bool(block.input))
-            arguments = json.dumps(block.input, separators=(",", ":")) if whole else ""
+            arguments = dump(block.input) if whole else ""
             out.append(ToolCall(number, block.id, block.name, arguments))
 
     def _read_delta(self, index: int, delta: _Delta, out: list[Delta]) -> None:

@@ -37,6 +37,7 @@ from proxy.dialects.base import (
     Reply,
     Writer,
     at_least_zero,
+    dump,
     error_headers,
     frame_each,
     positive,
@@ -495,7 +496,7 @@ class _Writer:
             and self._version >= TOOLS_VERSION
             and (fields := _thoughts_and_calls(deltas))
         ):
-            more = json.dumps(fields, separators=(",", ":"))
+            more = dump(fields)
             reply += f",{more[1:-1]}"
         return f"{reply}}}\n".encode("ascii")
 
@@ -595,7 +596,7 @@ class DeltaWriter(_Writer):
         elif isinstance(delta, Thinking) and self._version >= TOOLS_VERSION:
             return f'"delta_thinking":{_quote(delta.text)}'
         elif isinstance(delta, ToolCall) and self._version >= TOOLS_VERSION:
-            call = json.dumps(_call(delta), separators=(",", ":"))
+            call = dump(_call(delta))
             return f'"delta_tool_calls":[{call}]'
         return ""
 

@@ -4,7 +4,6 @@ Bodies and streams are each vendor's; what is the gateway's own is the header th
 the feature, and how it words a failure before a reply has begun.
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from email.utils import formatdate
@@ -22,6 +21,7 @@ from proxy.dialects.base import (
     Reply,
     Writer,
     client_status,
+    dump,
     error_headers,
 )
 from proxy.errors import (
@@ -217,7 +217,7 @@ def _upstream_text(error: UpstreamFault) -> str:
 
 
 def _reply(status: int, text: str, headers: Mapping[str, str]) -> Reply:
-    body = json.dumps({"error": text}, separators=(",", ":")).encode("ascii")
+    body = dump({"error": text}).encode("ascii")
     return Reply(status, JSON, body, dict(headers))
 
 
@@ -244,7 +244,7 @@ def limits_body(
         feature: {**_window(windows.get(feature)), "allowedModels": list(models)}
         for feature, models in features.items()
     }
-    return json.dumps(limits, separators=(",", ":")).encode("ascii")
+    return dump(limits).encode("ascii")
 
 
 def _window(window: Window | None) -> dict[str, object]:

@@ -3,8 +3,6 @@
 Source: https://ai.google.dev/api/generate-content.
 """
 
-import json
-
 import msgspec
 
 from proxy.completion import (
@@ -23,7 +21,7 @@ from proxy.completion import (
     ToolResultPart,
     Usage,
 )
-from proxy.dialects.base import Reader, decode_typed
+from proxy.dialects.base import Reader, decode_typed, dump
 from proxy.dialects.fault import decode_arguments
 from proxy.errors import InvalidPrompt, UpstreamReported
 from proxy.sse import Event
@@ -261,7 +259,7 @@ class GeminiReader(Reader):
     def _tool_call(self, call: _FunctionCall) -> ToolCall:
         number = self._calls
         self._calls += 1
-        arguments = json.dumps(call.args, separators=(",", ":"))
+        arguments = dump(call.args)
         return ToolCall(number, f"call_{number}", call.name, arguments)
 
     def _read_usage(self, usage: _UsageMetadata) -> None:

@@ -5,7 +5,6 @@ The body says ``model`` and ``stream``, which are in the URL elsewhere.
 Source: https://ai.google.dev/api/generate-content.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from json.encoder import encode_basestring_ascii as _quote
 
@@ -37,6 +36,7 @@ from proxy.dialects.base import (
     Writer,
     at_least_zero,
     client_status,
+    dump,
     error_headers,
     positive,
 )
@@ -339,13 +339,8 @@ _FINISH_WORDS = {
 }
 
 
-def _dumps(value: object) -> str:
-    # ASCII, so that half of a surrogate pair, which some upstreams send, survives.
-    return json.dumps(value, separators=(",", ":"))
-
-
 def _frame(value: object) -> str:
-    return f"data: {_dumps(value)}\n\n"
+    return f"data: {dump(value)}\n\n"
 
 
 class ContentWriter:
@@ -379,7 +374,7 @@ class ContentWriter:
         )
 
     def _new_tail(self) -> str:
-        return f']}},"index":0}}],{_dumps(self._names())[1:]}\n\n'
+        return f']}},"index":0}}],{dump(self._names())[1:]}\n\n'
 
     def _names(self) -> dict[str, object]:
         return {"modelVersion": self._start.model, "responseId": self._start.id}
@@ -418,7 +413,7 @@ class ContentWriter:
         for delta in deltas:
             self._note(delta)
         parts = [*_text_parts(deltas), *self._call_parts()]
-        return _dumps(self._reply(parts or [{"text": ""}])).encode("ascii")
+        return dump(self._reply(parts or [{"text": ""}])).encode("ascii")
 
     def error_reply(self, error: ProxyError) -> Reply:
         return _error_reply(error)
@@ -502,4 +497,4 @@ def _error_reply(error: ProxyError) -> Reply:
     code, headers = _code(error), error_headers(error)
     if code == 429:  # Anthropic's 529, too
         headers.setdefault("retry-after", str(RETRY_AFTER_S))
-    return Reply(code, JSON, _dumps(_error(error)).encode("ascii"), headers)
+    return Reply(code, JSON, dump(_error(error)).encode("ascii"), headers)

@@ -8,7 +8,6 @@ Sources: https://platform.openai.com/docs/api-reference/chat and TGI's router
 (router/src/lib.rs); the deviations were seen in recorded replies (tests/data).
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, TypeAlias
@@ -32,7 +31,7 @@ from proxy.completion import (
     ToolResultPart,
     Usage,
 )
-from proxy.dialects.base import Reader, decode_typed
+from proxy.dialects.base import Reader, decode_typed, dump
 from proxy.errors import InvalidPrompt, UpstreamReported
 from proxy.sse import Event
 
@@ -483,7 +482,7 @@ class OpenAIReader(Reader):
             self._last_call = index
             arguments = function.arguments or ""
             if isinstance(arguments, dict):  # TGI's whole replies
-                arguments = json.dumps(arguments, separators=(",", ":"))
+                arguments = dump(arguments)
             arguments = self._unnamed.get(index, "") + arguments
             self._unnamed = {**self._unnamed, index: "" if name else arguments}
             if name:

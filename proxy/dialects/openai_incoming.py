@@ -10,7 +10,6 @@ object under the key "error", and choose the exception by the HTTP status.
 Source: https://platform.openai.com/docs/api-reference/chat and …/completions
 """
 
-import json
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +44,7 @@ from proxy.dialects.base import (
     Reply,
     Writer,
     client_status,
+    dump,
     error_headers,
     frame_each,
     positive,
@@ -551,7 +551,7 @@ def _error(error: ProxyError) -> str:
         "param": None,
         "code": _CODES.get(error.kind, error.kind),
     }
-    return _dump({"error": fields})
+    return dump({"error": fields})
 
 
 def _error_reply(error: ProxyError) -> Reply:
@@ -562,11 +562,6 @@ def _error_reply(error: ProxyError) -> Reply:
         headers[f"x-ratelimit-remaining-{error.unit}"] = "0"
         headers[f"x-ratelimit-reset-{error.unit}"] = f"{error.retry_after_s}s"
     return Reply(_status(error), JSON, body, headers)
-
-
-def _dump(value: object) -> str:
-    # Not msgspec: it refuses the lone surrogates that models do send.
-    return json.dumps(value, separators=(",", ":"))
 
 
 # ---------------------------------------------------------------------------- replies
@@ -660,7 +655,7 @@ class _Writer:
         out: list[str] = []
         self._finish("", out)
         if self._include_usage and self._usage is not None:
-            usage = _dump(_usage(self._usage))
+            usage = dump(_usage(self._usage))
             out.append(f'{self._head}],"usage":{usage}}}\n\n')
         out.append(_DONE)
         return "".join(out).encode("ascii")
@@ -688,7 +683,7 @@ class _Writer:
             # Clients add it up without a look whether it is there.
             "usage": _usage(self._usage or Usage(0, 0)),
         }
-        return _dump(reply).encode("ascii") + b"\n"
+        return dump(reply).encode("ascii") + b"\n"
 
     def _note(self, delta: Delta) -> None:
         """Keep what is said about the reply as a whole."""

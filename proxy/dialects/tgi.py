@@ -8,7 +8,6 @@ validation.rs and server.rs; what clients make of errors is in its
 clients/python/text_generation/errors.py.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from json.encoder import encode_basestring_ascii as _quote
 from typing import Annotated
@@ -35,6 +34,7 @@ from proxy.dialects.base import (
     Reader,
     Reply,
     Writer,
+    dump,
     error_headers,
 )
 from proxy.dialects.fault import decode_lenient, fault_in
@@ -261,11 +261,6 @@ _FINISH_WORDS = {
 }
 
 
-def _dumps(value: object) -> str:
-    # ASCII, so that half of a surrogate pair, which some upstreams send, survives.
-    return json.dumps(value, separators=(",", ":"))
-
-
 _MOST_PIECES = 2048
 
 
@@ -335,10 +330,10 @@ class GenerateWriter:
             "generated_text": self._prompt + "".join(self._texts),
             "details": self._stream_details() if self._details else None,
         }
-        return f"{_DATA}{_dumps(event)}\n\n".encode("ascii")
+        return f"{_DATA}{dump(event)}\n\n".encode("ascii")
 
     def error(self, error: ProxyError) -> bytes:
-        return f"{_DATA}{_dumps(_error(error))}\n\n".encode("ascii")
+        return f"{_DATA}{dump(_error(error))}\n\n".encode("ascii")
 
     def body(self, deltas: list[Delta]) -> bytes:
         for delta in deltas:
@@ -351,7 +346,7 @@ class GenerateWriter:
         }
         if self._details:
             reply["details"] = {**self._common_details(), "prefill": [], "tokens": []}
-        return _dumps([reply] if self._listed else reply).encode("ascii")
+        return dump([reply] if self._listed else reply).encode("ascii")
 
     def error_reply(self, error: ProxyError) -> Reply:
         """A real status, even for a stream: TGI would say 200 and then an event, but
@@ -451,7 +446,7 @@ def _error_reply(error: ProxyError) -> Reply:
     headers = error_headers(error)
     if status == 429:  # Anthropic's 529, too
         headers.setdefault("retry-after", str(RETRY_AFTER_S))
-    return Reply(status, JSON, _dumps(said).encode("ascii"), headers)
+    return Reply(status, JSON, dump(said).encode("ascii"), headers)
 
 
 # --------------------------------------------------------------------- upstream's side

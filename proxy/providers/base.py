@@ -105,20 +105,18 @@ def prepare(request: CompletionRequest, model: Model) -> CompletionRequest:
         )
     if request.stop:
         _check_stops(request.stop)
-    messages = request.messages
+    prepared = msgspec.structs.replace(request, model=model.api_model or model.name)
     if model.strict_template:
-        messages = fold(messages)
+        prepared.messages = fold(request.messages)
     limit = model.context_window.max_output_tokens
     if (request.max_tokens or 0) > limit:
         request.dropped.append("max_tokens")
-    return msgspec.structs.replace(
-        request,
-        messages=messages,
-        model=model.api_model or model.name,
-        max_tokens=request.max_tokens and min(request.max_tokens, limit),
-        stop=[*dict.fromkeys((*request.stop, *model.stop))],
-        reasoning_effort=request.reasoning_effort or model.reasoning_effort,
-    )
+        prepared.max_tokens = limit
+    if request.stop or model.stop:
+        prepared.stop = [*dict.fromkeys((*request.stop, *model.stop))]
+    if not request.reasoning_effort:
+        prepared.reasoning_effort = model.reasoning_effort
+    return prepared
 
 
 def _check_stops(stops: list[str]) -> None:
