@@ -27,6 +27,7 @@ HABITS = ("converses", "reads slowly", "leaves in between")
 CLIENTS = 20
 # Around the kill, which is in the middle.
 LOAD_S = 4.0
+ALONE = "counts rates for itself"
 
 
 @pytest.fixture
@@ -121,6 +122,10 @@ async def test_redis_is_killed(endpoints, tmp_path):
             await asyncio.sleep(LOAD_S / 2)
             await redis.kill()
             await loading
+            # On a busy machine nobody with a limit may have come since.
+            for _ in range(5):
+                if ALONE not in proxy.said:
+                    await load.run(CLIENTS, 1)
     finally:
         await redis.kill()
     outcomes, rest = check.log_lines(proxy.out)
@@ -131,4 +136,4 @@ async def test_redis_is_killed(endpoints, tmp_path):
     # Errors are only what the limits say.
     assert all(ask.habit == "is limited" for ask in failed)
     assert {ask.status for ask in failed} <= {429}
-    assert "counts rates for itself" in proxy.said
+    assert ALONE in proxy.said
