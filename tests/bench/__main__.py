@@ -2,12 +2,13 @@
 
 import sys
 
-from tests.bench import limits, sse, translate
+from tests.bench import limits, requests, sse, translate
 
 BENCHMARKS = {
     "sse": sse.run,
     "translate": translate.run,
     "limits": limits.run,
+    "requests": requests.run,
 }
 
 
