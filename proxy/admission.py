@@ -64,7 +64,8 @@ class Admission:
             for token in settings.tokens
             if token.limits is not None
         }
-        self.in_flight.configure(limits.in_flight, per_provider, limits.waiting)
+        in_flight = self.in_flight
+        in_flight.configure(limits.in_flight, per_provider, limits.waiting)
 
     async def enter(
         self,
@@ -108,7 +109,7 @@ class Admission:
         Raises: LimitReached: like ``enter``.
         """
         client, all_plans = self._of(user, address)
-        plan = all_plans[feature]
+        plan: Plan = all_plans[feature]
         is_rated = bool(plan.requests) or plan.tokens is not None
         if is_rated and self.rates.redis is not None:
             return None
@@ -154,7 +155,8 @@ class Admission:
             if not turn.done():
                 turn.set_result(None)
 
-        waiter = self.in_flight.wait(gauges, blocked_by, wake)
+        in_flight = self.in_flight
+        waiter = in_flight.wait(gauges, blocked_by, wake)
         if waiter is None:
             raise _refusal(QueueFull, blocked_by, feature)
         self._waiting.add(turn)
@@ -162,17 +164,18 @@ class Admission:
             async with asyncio.timeout_at(until_s):
                 await turn
         except TimeoutError:
-            self.in_flight.leave(waiter)
+            in_flight.leave(waiter)
             raise _refusal(QueueTimeout, blocked_by, feature) from None
         except BaseException:  # the client has left, or the proxy ends
-            self.in_flight.leave(waiter)
+            in_flight.leave(waiter)
             raise
         finally:
             self._waiting.discard(turn)
 
     def leave(self, permit: Permit, tokens: int) -> None:
         """Args: tokens: how many the request took, of its prompt and its answer."""
-        self.in_flight.release(permit.gauges)
+        in_flight = self.in_flight
+        in_flight.release(permit.gauges)
         rate = permit.plan.tokens
         if rate is not None and tokens > 0:
             spend = self.rates.spend(permit.client, rate, tokens)

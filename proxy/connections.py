@@ -195,6 +195,7 @@ class Connection(web.RequestHandler):
     """One client's connection."""
 
     __slots__ = (
+        "_again",
         "_clock",
         "_head_bytes",
         "_held",
@@ -202,6 +203,7 @@ class Connection(web.RequestHandler):
         "_is_between",
         "_server",
         "_visit",
+        "_visitor",
         "_wanted_bytes",
     )
 
@@ -209,6 +211,9 @@ class Connection(web.RequestHandler):
         super().__init__(server, **options)
         self._server = server
         self._visit: Visit | None = None
+        # The head of the last visit, and who knew it.
+        self._again: heads.Again | None = None
+        self._visitor = server.visitor
         # What came during a visit, or is the beginning of one.
         self._held: list[bytes] = []
         self._held_bytes = 0
@@ -249,15 +254,19 @@ class Connection(web.RequestHandler):
             self._hold(data)
             return
         waiter = self._waiter
-        if (
-            waiter is None
-            or waiter.done()
-            or self._head_bytes
-            or not CAN_VISIT
-            or (parts := heads.cut(data)) is None
-        ):
+        if waiter is None or waiter.done() or self._head_bytes or not CAN_VISIT:
             self._parse(data)
-        else:  # between two requests, and this is the next one
+            return
+        # Between two requests, and this is the next one.
+        again = self._again
+        if again is not None and (whole := again.body_of(data)) is not None:
+            visitor = self._server.visitor
+            if self._is_between and visitor is self._visitor:
+                self._ask(visitor, again.known, data, whole)
+                return
+        if (parts := heads.cut(data)) is None:
+            self._parse(data)
+        else:
             head, body, length = parts
             if len(body) == length:
                 self._receive(data, head, body)
@@ -283,6 +292,11 @@ class Connection(web.RequestHandler):
         if known is None:
             self._meet(visitor, data, head, body)
             return
+        self._again, self._visitor = heads.Again(data, head, known), visitor
+        self._ask(visitor, known, data, body)
+
+    def _ask(self, visitor: Visitor, known: Any, data: bytes, body: bytes) -> None:
+        """Have a request answered whose head is known."""
         self._visit = visitor.visit(self, known, body)
         if self._visit is None:
             self._parse(data)
@@ -338,14 +352,14 @@ class Connection(web.RequestHandler):
         elif self._held_bytes > MOST_HELD_BYTES and self.transport is not None:
             self.transport.pause_reading()
 
-    def visited(self, *, keep_alive: bool) -> None:
-        """The request is answered."""
+    def visited(self, now_s: float, *, keep_alive: bool) -> None:
+        """The request is answered. Args: now_s: on the loop's clock."""
         self._visit = None
         if not keep_alive or self._force_close:
             self.force_close()
             return
         # aiohttp's task has waited all the time; now the connection is idle indeed.
-        close_time = self._loop.time() + self._server.idle_s
+        close_time = now_s + self._server.idle_s
         self._keepalive = True
         self._next_keepalive_close_time = close_time
         if self._keepalive_handle is None:

@@ -54,6 +54,40 @@ def cut(data: bytes) -> tuple[Head, bytes, int] | None:
     return (before, after), body, int(digits)
 
 
+class Again:
+    """A head with which the next requests of its connection may begin, too: then nothing
+    has to be cut, or looked up.
+
+    Args: data: a request that begins with it.
+          head: as ``cut`` returned it.
+          known: what is known of it.
+    """
+
+    __slots__ = ("_after", "_before", "_digits", "known")
+
+    def __init__(self, data: bytes, head: Head, known: object) -> None:
+        before, after = head
+        self.known = known
+        self._before = data[: len(before) + len(_LENGTHS[0])]
+        self._after = b"\r\n%b\r\n\r\n" % after if after else _END
+        self._digits = 0  # of the last length, which mostly has as many as the next
+
+    def body_of(self, data: bytes) -> bytes | None:
+        """Return the body of a request; None if it has another head, or is not whole."""
+        before, after = self._before, self._after
+        begin = len(before)
+        if data[:begin] != before:
+            return None
+        end = begin + self._digits
+        if data[end : end + len(after)] != after:
+            end = data.find(b"\r", begin, begin + _MOST_DIGITS + 1)
+            if data[end : end + len(after)] != after:
+                return None
+            self._digits = end - begin
+        digits, body = data[begin:end], data[end + len(after) :]
+        return body if digits.isdigit() and len(body) == int(digits) else None
+
+
 def is_waiting(head: Head) -> bool:
     """Whether its client may want to hear something before it sends the body."""
     return b"100-continue" in b"\n".join(head).lower()

@@ -116,7 +116,8 @@ class InFlight:
 
         Args: client: whoever the limit ``amount`` is for; None: as many as it likes.
         """
-        found = []
+        found: list[Gauge] = []
+        gauge: Gauge | None
         if amount is not None:
             gauge = self._clients.get(client)
             if gauge is None:
@@ -132,6 +133,7 @@ class InFlight:
 
     def enter(self, gauges: Gauges) -> Gauge | None:
         """Take the places, or return what has none."""
+        gauge: Gauge
         for gauge in gauges:
             if gauge.used >= gauge.amount:
                 return gauge
@@ -161,6 +163,7 @@ class InFlight:
 
     def release(self, gauges: Gauges) -> None:
         """Give the places back, and let those in whom they suffice, in their order."""
+        gauge: Gauge
         for gauge in gauges:
             gauge.used -= 1
         if self._queue:
@@ -184,7 +187,7 @@ class InFlight:
     def forget(self, gauges: Gauges) -> None:
         """Let go of gauges in which no place was taken."""
         # Clients may be addresses, of which there is no end.
-        first = gauges[0] if gauges else None
+        first: Gauge | None = gauges[0] if gauges else None
         if first is not None and first.scope == "token":
             first.held -= 1
             if not first.held:

@@ -141,11 +141,13 @@ class Listener:
         if (left := board.left()) is not None:
             # Of another version: the counters begin anew.
             with contextlib.suppress(ValueError):
-                self._proxy.metrics.restore(left)
+                metrics = self._proxy.metrics
+                metrics.restore(left)
 
     def _publish(self, board: Board) -> None:
         try:
-            board.publish(self._proxy.metrics.snapshot())
+            metrics = self._proxy.metrics
+            board.publish(metrics.snapshot())
         except OSError as error:
             logger.warning("metrics of this process are not shared: %s", error)
             return
@@ -191,7 +193,8 @@ class Listener:
         if self._publisher is not None and self._proxy.board is not None:
             self._publisher.cancel()
             with contextlib.suppress(OSError):
-                self._proxy.board.publish(self._proxy.metrics.snapshot())
+                metrics = self._proxy.metrics
+                self._proxy.board.publish(metrics.snapshot())
 
     async def _drain(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -143,7 +143,7 @@ class Metrics:
                 outcome.feature,
                 200 <= outcome.upstream_status < 300,
             )
-            sums = all_sums.get(labels)
+            sums: _Sums | None = all_sums.get(labels)
             if sums is None:
                 sums = all_sums[labels] = _Sums()
             sums.count += 1

@@ -31,16 +31,20 @@ class Outbox:
         self._loop = loop
         self._pending: dict[Transport, bytes] = {}
 
-    def write(self, transport: Transport, data: bytes) -> None:
+    def write(self, transport: Transport, data: bytes) -> bool:
+        """Write, in a moment or at once. Return whether the other side may not have read
+        all that was written before.
+        """
         pending = self._pending
         if (before := pending.pop(transport, None)) is not None:
             data = before + data
         if len(data) > SMALL_BYTES or transport.get_write_buffer_size():
             transport.write(data)
-            return
+            return True
         if not pending:
             self._loop.call_soon(self._flush)
         pending[transport] = data
+        return False
 
     def flush(self, transport: Transport) -> None:
         """Send now what is kept for one transport: it is about to be closed."""

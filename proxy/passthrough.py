@@ -1,7 +1,6 @@
 """One reply that passes through: client and upstream speak the same dialect.
 
-``PassThrough`` has the methods of ``Exchange`` and the same duties. The bytes are the
-upstream's; the parser only watches, for errors, usage and the end. Whole events go out
+The bytes are the upstream's; the parser only watches, for errors, usage and the end. Whole events go out
 at a time, so that one that needs a fix-up can be replaced; an error is said as the
 client's own dialect says it. With ``fixer`` None not even that: bytes are bytes, and
 what is watched is only written down.
@@ -20,6 +19,7 @@ from proxy.errors import (
     UpstreamReported,
     UpstreamTruncated,
 )
+from proxy.exchange import Exchange
 from proxy.sse import Event, Parser, frame
 
 _BOM = b"\xef\xbb\xbf"
@@ -27,7 +27,7 @@ _END = b"\n\n"
 _CR = ord("\r")  # as a number it is found much faster
 
 
-class PassThrough:
+class PassThrough(Exchange):
     """A stream of events.
 
     Args:
@@ -37,11 +37,6 @@ class PassThrough:
     """
 
     # What most replies begin with, or keep, is no work for each of them.
-    is_started = False
-    is_answering = False
-    is_ended = False
-    progress = 0  # grows with every read that goes on with the answer
-    error: ProxyError | None = None
     _tail = b""  # of an event that has not ended yet, which the parser knows
     _held = b""  # the same, if it does not
     _waiting = b""  # events before the first meaningful one
@@ -69,19 +64,13 @@ class PassThrough:
         self._runs = Runs()
         self._limit_bytes = limit_bytes
 
-    @property
     def is_finishing(self) -> bool:
         return self._reader.finished and not self._several
 
-    @property
     def adjusted(self) -> tuple[str, ...]:
         return self._fixer.names if self._fixer is not None else ()
 
     def receive_data(self, data: bytes) -> bytes:
-        """Return what may go on to the client.
-
-        Raises: UpstreamFault: it is an error, and nothing was said yet.
-        """
         if self.is_ended:
             return b""
         if self._fixer is None:
@@ -89,9 +78,12 @@ class PassThrough:
         if self._held:
             data, self._held = self._held + data, b""
         said: list[bytes] = []
-        at = 0
+        at = end = 0
+        if self._is_running and (end := self._run(data, 0)) == len(data):
+            return data  # nearly all reads of most streams
         while at < len(data) and not self.is_ended:
-            end = self._run(data, at) if self._is_running else 0
+            if at and self._is_running:
+                end = self._run(data, at)
             if end:
                 said.append(data[at:end])
             elif self._is_running and self._can_wait(data, at):
@@ -100,7 +92,7 @@ class PassThrough:
             else:
                 end = self._next(data, at)
                 said.append(self._receive(data[at:end], self._fixer))
-            at = end
+            at, end = end, 0
         return said[0] if len(said) == 1 else b"".join(said)
 
     def _run(self, data: bytes, start: int) -> int:
@@ -172,7 +164,6 @@ class PassThrough:
         return out
 
     def receive_eof(self) -> bytes:
-        """The upstream's reply is over. Raises like ``receive_data``."""
         if self.is_ended:
             return b""
         try:
@@ -187,10 +178,9 @@ class PassThrough:
         return out
 
     def receive_failure(self, error: ProxyError) -> bytes:
-        """The upstream's reply cannot go on. Raises like ``receive_data``."""
         if self.is_ended:
             return b""
-        if isinstance(error, UpstreamFault) and self.is_finishing:
+        if isinstance(error, UpstreamFault) and self.is_finishing():
             return self.receive_eof()
         return self._fail(error)
 
@@ -282,31 +272,28 @@ class PassThrough:
         return self._writer.error(error) if self._fixer is not None else b""
 
 
-class PassedBody:
-    """A reply in one piece. Methods and duties are those of ``Exchange``."""
+class PassedBody(Exchange):
+    """A reply in one piece.
 
-    is_started = False
-    is_answering = False
-    is_ended = False
-    is_finishing = False
-    progress = 0
-    error: ProxyError | None = None
+    Args: dialect: the wire format of both sides; "" if bytes stay as they are.
+    """
+
     _body: bytes | bytearray = b""
+    _fixer: ReplyFixer | None = None
 
     def __init__(
         self,
         reader: Reader,
         *,
+        dialect: str,
         limit_bytes: int,
-        fixer: ReplyFixer | None,
         redact: Callable[[str], str] = str,
     ) -> None:
         self._reader = reader
+        self._dialect = dialect
         self._limit_bytes = limit_bytes
-        self._fixer = fixer
         self._redact = redact
 
-    @property
     def adjusted(self) -> tuple[str, ...]:
         return self._fixer.names if self._fixer is not None else ()
 
@@ -328,13 +315,14 @@ class PassedBody:
             is_clean = self._reader.check_body(body)
         except UpstreamFault as fault:
             self.error = fault
-            if self._fixer is not None:
+            if self._dialect:
                 return self.receive_failure(fault)
         self.is_answering = self.is_ended = self.is_started = True
-        if self._fixer is None or is_clean:
+        if is_clean or not self._dialect:
             return body
+        self._fixer = fixer = ReplyFixer(self._dialect)
         text = body.decode(errors="surrogateescape")
-        fixed = self._fixer.fix(text)
+        fixed = fixer.fix(text)
         return body if fixed is None or fixed is text else fixed.encode()
 
     def receive_failure(self, error: ProxyError) -> bytes:

@@ -100,23 +100,27 @@ class Pool:
 
         Args: by: who asks; the same has to be said when it has ``finished``.
         """
-        if len(self.members) == 1:
-            member = self.members[0]
-            if member in tried:
-                return None
-        else:
-            left = [member for member in self.members if member not in tried]
-            if not left:
-                return None
-            member = self._choose(
-                [member for member in left if _may_be_asked(member, now)]
-            ) or min(left, key=lambda member: member.closed_until_s)
+        member: Member | None = self.members[0]
+        if len(self.members) > 1:
+            member = self._pick(now, tried)
+        elif tried and member in tried:
+            return None
+        if member is None:
+            return None
         if member.is_closed and _may_be_asked(member, now):
             member.prober = by
         member.in_flight += 1
         if not tried:
             self._retries = min(self._retries + RETRY_SHARE, MOST_RETRIES)
         return member
+
+    def _pick(self, now: float, tried: Collection[Member]) -> Member | None:
+        left = [member for member in self.members if member not in tried]
+        if not left:
+            return None
+        return self._choose(
+            [member for member in left if _may_be_asked(member, now)]
+        ) or min(left, key=lambda member: member.closed_until_s)
 
     def may_retry(self) -> bool:
         """Say whether one more request may be asked again, and count it."""

@@ -9,8 +9,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 import msgspec
@@ -40,7 +39,8 @@ from proxy.providers.base import Call
 from proxy.redact import BUG, Redactor
 from proxy.response import Response, render
 from proxy.stops import Cutter
-from proxy.upstream import Prepared, Upstream, UpstreamReply
+from proxy.translation import Translation
+from proxy.upstream import Prepared, Upstream, UpstreamCall, UpstreamReply
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
 
     ``source`` is what the upstream is called in errors about its status; ``event_bytes``
     the most bytes of one event; ``verbose``: log what goes to and comes from the
-    upstream; ``timeouts``: how long the upstream may take; ``keep_alive``: what to say
+    upstream; ``timeouts``: how long the upstream may take (``connect_s`` is one of them); ``keep_alive``: what to say
     while it is silent; ``reply_headers``: what a successful reply carries besides;
     ``clients_credential``: the upstream was asked with the client's own credential, so
     that its refusal is the client's to hear; ``shortest_s``: what ``shortest`` says of
@@ -87,6 +87,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     event_bytes: int
     verbose: bool
     timeouts: Timeouts
+    connect_s: float
     keep_alive: KeepAlive
     reply_headers: dict[str, str]
     clients_credential: bool
@@ -116,6 +117,7 @@ class Relay:
     Args:
         started_s, timeout_s: when the request came, on the loop's clock, and how long
             its answer may take.
+        now_s: when the upstream is asked.
         prepared: the beginning of ``call``, if it is known.
     """
 
@@ -129,24 +131,26 @@ class Relay:
         outcome: Outcome,
         started_s: float,
         timeout_s: float,
+        now_s: float,
         prepared: Prepared | None = None,
     ) -> None:
         self._terms = terms
         self._response = response
         self._completion = completion
+        self._is_stream = completion.stream
         self._writer = writer
         self._call = call
         self._outcome = outcome
         self._started_s = started_s
         self._timeout_s = timeout_s
         self._closing_s = started_s + timeout_s
-        self._asked_s = self._quiet_s = terms.loop.time()
-        self._asked = terms.upstream.open(
+        self._asked_s = self._quiet_s = now_s
+        self._asked: UpstreamCall = terms.upstream.open(
             call.url,
             call.headers,
             call.body,
             outcome.endpoint,
-            connect_s=terms.timeouts.connect_s,
+            connect_s=terms.connect_s,
             prepared=prepared,
         )
 
@@ -156,7 +160,7 @@ class Relay:
     _spoken = 0  # writes to the client, and their number at the last tick
     _spoken_before = 0
     _unlogged = b""
-    _exchange: Exchange | PassThrough | PassedBody | None = None
+    _exchange: Exchange | None = None
     _reply: UpstreamReply | None = None
     _reply_type = ""
     _passed_headers: Mapping[str, str] = {}
@@ -174,7 +178,6 @@ class Relay:
     _call_task: Callable[[], None] | None = None
     _failure: Exception | None = None
 
-    @property
     def is_complete(self) -> bool:
         """All was said to the client, and nothing was wrong."""
         return self._is_over and self.error is None
@@ -217,7 +220,7 @@ class Relay:
             self._failure, is_asked = error, False
         if is_asked:
             self._due_s = self._closing_s
-            if self._completion.stream:
+            if self._is_stream:
                 # Not when it is due, but before: then it is looked at closely.
                 early_s = self._asked_s + self._terms.shortest_s
                 self._due_s = min(self._due_s, early_s)
@@ -259,7 +262,7 @@ class Relay:
             )
         finally:
             self._put_away()
-        if self._response.is_clogged:
+        if self._response.is_clogged():
             await self._last_drain()
 
     def _put_away(self) -> None:
@@ -284,18 +287,18 @@ class Relay:
         if exchange is None:
             reply.listen(None)
             raise await self._status_fault(reply)
-        if not (self._is_over or self._response.is_clogged):
+        if not (self._is_over or self._response.is_clogged()):
             self._step_on(reply, exchange)
         reply.listen(self._step)
         while not self._is_over:
-            if self._response.is_clogged:
+            if self._response.is_clogged():
                 await self._hold(reply)
             else:
                 self._event = self._terms.loop.create_future()
                 await self._event
                 if self._stopped is not None:
                     raise self._stopped
-            if not (self._is_over or self._response.is_clogged):
+            if not (self._is_over or self._response.is_clogged()):
                 # What came while nobody listened is not announced again.
                 self._step_on(reply, exchange)
         self._asked.finish()
@@ -344,7 +347,7 @@ class Relay:
         except Exception as error:
             self._fail(error)
             return
-        if self._response.is_clogged:
+        if self._response.is_clogged():
             self._wake()
         elif self._is_over:
             if event is not None:
@@ -355,17 +358,15 @@ class Relay:
                 self._put_away()
                 ended()
 
-    def _step_on(
-        self, reply: UpstreamReply, exchange: "Exchange | PassThrough | PassedBody"
-    ) -> None:
+    def _step_on(self, reply: UpstreamReply, exchange: Exchange) -> None:
         """Say what has arrived."""
         out = b""
         if data := reply.take():
             if self._terms.verbose:
                 self._note_data(data)
             out = exchange.receive_data(data)
-        is_going_on = reply.is_going_on
-        if not (is_going_on or exchange.is_ended) and reply.is_complete:
+        is_going_on = reply.is_going_on()
+        if not (is_going_on or exchange.is_ended) and reply.is_complete():
             out += exchange.receive_eof()
         if exchange.progress != self._progress:
             self._note_progress(exchange.progress)
@@ -379,7 +380,7 @@ class Relay:
             self._write(out)
         if not (is_going_on or data) and (failure := reply.failure) is not None:
             raise failure
-        if exchange.is_finishing and not self._is_closing:
+        if not self._is_closing and exchange.is_finishing():
             self._wait_a_little()
         if not is_going_on:
             self._look_again(reply, bool(data))
@@ -387,16 +388,16 @@ class Relay:
     def _look_again(self, reply: UpstreamReply, has_come: bool) -> None:
         """There may be more to take, or to say, of which nobody will tell."""
         is_more = reply.has_more or (has_come and reply.failure is not None)
-        if is_more and not self._response.is_clogged:
+        if is_more and not self._response.is_clogged():
             self._terms.loop.call_soon(self._step)
 
     def _note_progress(self, progress: int) -> None:
         """The answer has begun, or gone on."""
         self._progress = progress
-        self._answered_s = self._terms.loop.time()
-        if self._outcome.first_token_s is None:
-            elapsed_s = self._answered_s - self._started_s
-            self._outcome.first_token_s = rounded(elapsed_s)
+        now_s = self._terms.loop.time()
+        if not self._answered_s and self._outcome.first_token_s is None:
+            self._outcome.first_token_s = rounded(now_s - self._started_s)
+        self._answered_s = now_s
 
     def _wait_a_little(self) -> None:
         """The answer is complete; its usage may follow, or never come."""
@@ -431,7 +432,7 @@ class Relay:
         """
         terms, due_s = self._terms, self._closing_s
         now_s = terms.loop.time()
-        if self._completion.stream:
+        if self._is_stream:
             due_s = min(
                 due_s,
                 self._expected_s()[0],
@@ -457,11 +458,11 @@ class Relay:
     def _expected_s(self) -> tuple[float, type[DeadlineExceeded], str]:
         """When the upstream must have done what, and how its failure is called."""
         timeouts = self._terms.timeouts
-        if self._completion.stream and self._answered_s:
-            if not self._response.is_clogged:  # else it is the client's turn
+        if self._is_stream and self._answered_s:
+            if not self._response.is_clogged():  # else it is the client's turn
                 due_s = self._answered_s + timeouts.between_tokens_s
                 return due_s, TokenGapTimeout, "go on with its answer"
-        elif self._completion.stream:
+        elif self._is_stream:
             headers_s, first_s = timeouts.headers_s, timeouts.first_token_s
             if self._reply is not None or headers_s is None:
                 headers_s = math.inf
@@ -505,11 +506,11 @@ class Relay:
             return  # looked at for another reason
         self._quiet_s = now_s
         response, exchange = self._response, self._exchange
-        if response.is_clogged or self._is_over:
+        if response.is_clogged() or self._is_over:
             return
         if not response.is_begun and not self._terms.keep_alive.before_first_token:
             return
-        if not self._completion.stream or not self._call.adjust:
+        if not self._is_stream or not self._call.adjust:
             return
         if not (out := self._writer.keep_alive()):
             return
@@ -535,17 +536,16 @@ class Relay:
 
     # ------------------------------------------------------------------------- reading
 
-    def _new_exchange(self) -> Exchange | PassThrough | PassedBody:
+    def _new_exchange(self) -> Exchange:
         """Translate, or pass on what is of the client's dialect and form already."""
         call = self._call
-        is_stream = _is_event_stream(self._reply_type)
-        if call.native and (is_stream == self._completion.stream or not call.adjust):
-            fixer = ReplyFixer(call.native) if call.adjust else None
+        is_stream = _IS_STREAM[self._reply_type]
+        if call.native and (is_stream == self._is_stream or not call.adjust):
             if not is_stream:
                 return PassedBody(
                     call.reader,
+                    dialect=call.native if call.adjust else "",
                     limit_bytes=self._terms.event_bytes,
-                    fixer=fixer,
                     redact=self._terms.redact,
                 )
             return PassThrough(
@@ -553,15 +553,15 @@ class Relay:
                 self._writer,
                 dialect=call.native,
                 limit_bytes=self._terms.event_bytes,
-                fixer=fixer,
+                fixer=ReplyFixer(call.native) if call.adjust else None,
                 several=call.several,
                 redact=self._terms.redact,
             )
         cutter = Cutter(call.stops, call.ends) if call.stops or call.ends else None
-        return Exchange(
+        return Translation(
             call.reader,
             self._writer,
-            stream=self._completion.stream,
+            stream=self._is_stream,
             content_type=self._reply_type,
             limit_bytes=self._terms.event_bytes,
             cutter=cutter,
@@ -614,7 +614,7 @@ class Relay:
             head = self._head(self._adjusted(), is_stream=True)
             self._response.begin(self._status, head, out)
 
-    def _head(self, adjusted: list[str], *, is_stream: bool) -> bytes:
+    def _head(self, adjusted: Sequence[str], *, is_stream: bool) -> bytes:
         """The beginning of the reply's head, mostly that of the one before."""
         if self._passed_headers or adjusted:
             return render(self._status, self._headers(adjusted, is_stream=is_stream))
@@ -627,9 +627,9 @@ class Relay:
                 heads[key] = head
         return head
 
-    def _headers(self, adjusted: list[str], *, is_stream: bool) -> dict[str, str]:
+    def _headers(self, adjusted: Sequence[str], *, is_stream: bool) -> dict[str, str]:
         headers = dict(self._writer.stream_headers) if is_stream else {}
-        if isinstance(self._exchange, Exchange):
+        if isinstance(self._exchange, Translation):
             if not is_stream:
                 headers["Content-Type"] = JSON
         else:
@@ -641,13 +641,13 @@ class Relay:
             headers["X-Proxy-Adjusted"] = ", ".join(adjusted)
         return headers
 
-    def _adjusted(self) -> list[str]:
+    def _adjusted(self) -> Sequence[str]:
         names = self._call.adjusted
         if dropped := self._completion.dropped:  # by every attempt the same ones
             names = [*(f"request.{name}" for name in dict.fromkeys(dropped)), *names]
         exchange = self._exchange
-        if exchange is not None and exchange.adjusted:
-            names = [*names, *exchange.adjusted]
+        if exchange is not None and (mended := exchange.adjusted()):
+            names = [*names, *mended]
         return names
 
     def _end(self, out: bytes) -> None:
@@ -660,8 +660,8 @@ class Relay:
         if response.is_begun:
             response.end(out)
             return
-        exchange, is_stream = self._exchange, self._completion.stream
-        if exchange is not None and not isinstance(exchange, Exchange):
+        exchange, is_stream = self._exchange, self._is_stream
+        if exchange is not None and not isinstance(exchange, Translation):
             is_stream = isinstance(exchange, PassThrough)
         head = self._head(adjusted, is_stream=is_stream)
         if is_stream:
@@ -724,19 +724,26 @@ class Relay:
 
 def _told(reply: UpstreamReply) -> dict[str, str]:
     """What a reply that passes through keeps of its headers: what it says of itself."""
-    names = _told_names(reply.names)
-    return _printable({name: reply.header(name) for name in names}) if names else {}
+    headers = reply.named(_is_told)
+    return _printable(headers) if headers else headers
 
 
-@lru_cache(maxsize=256)
-def _is_event_stream(content_type: str) -> bool:
-    return media_type(content_type) == EVENT_STREAM
+class _Answers(dict[str, bool]):
+    """What ``ask`` says of a text; most replies have the same few."""
+
+    def __init__(self, ask: Callable[[str], bool]) -> None:
+        self._ask = ask
+
+    def __missing__(self, text: str) -> bool:
+        answer = self._ask(text)
+        if len(self) < 1024 and len(text) < 64:
+            self[text] = answer
+        return answer
 
 
-@lru_cache(maxsize=256)
-def _told_names(names: tuple[str, ...]) -> list[str]:
-    """Most replies of a server have headers of the same names."""
-    return [name for name in names if name.startswith(_TOLD_PREFIXES)]
+# By content types, and by names of headers.
+_IS_STREAM = _Answers(lambda text: media_type(text) == EVENT_STREAM)
+_is_told = _Answers(lambda name: name.startswith(_TOLD_PREFIXES)).__getitem__
 
 
 def _is_safe(name: str) -> bool:

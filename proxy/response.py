@@ -22,6 +22,8 @@ from proxy.outbox import Outbox
 SERVER = f"completions-proxy/{__version__}"
 _EMPTY = frozenset((204, 304))
 _KEEP_ALIVE = b"Connection: keep-alive\r\n"
+_NEWLINE = b"\r\n"
+_LAST_CHUNK = b"0\r\n\r\n"
 
 
 def own_headers(exchange_id: str) -> dict[str, str]:
@@ -57,6 +59,7 @@ class Response:
     # the same socket within it.
     outbox: Outbox | None = None
     _is_chunked = False
+    _has_backlog = False  # it may not have read all that was written before
     _transport: asyncio.Transport | None = None
 
     def __init__(
@@ -78,12 +81,14 @@ class Response:
 
     def whole(self, status: int, head: bytes, body: bytes) -> None:
         """Say all of it in one write. Args: head: what ``render`` made of it."""
-        head = self._whole_head(status, head)
+        lines = self._lines(status, head)
         if status in _EMPTY:
-            self._send(head + b"\r\n")
-            return
-        shown = b"" if self._is_head else body
-        self._send(b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body), shown))
+            lines.append(_NEWLINE)
+        else:
+            lines.append(b"Content-Length: %d\r\n\r\n" % len(body))
+            if not self._is_head:
+                lines.append(body)
+        self._send(b"".join(lines))
 
     def reply(self, reply: Reply) -> None:
         headers = {**reply.headers, "Content-Type": reply.content_type}
@@ -95,13 +100,16 @@ class Response:
         """Begin a reply whose length is not known, with the first of it, or all."""
         if self._is_http11:
             self._is_chunked = True
-            coding = b"Transfer-Encoding: chunked\r\n"
+            coding = b"Transfer-Encoding: chunked\r\n\r\n"
         else:  # then only the end of the connection ends it
             self.keep_alive = False
-            coding = b""
-        head = self._whole_head(status, head)
-        framed = self._last(out) if is_all else self._framed(out)
-        self._send(b"%b%b\r\n%b" % (head, coding, framed))
+            coding = _NEWLINE
+        lines = self._lines(status, head)
+        lines.append(coding)
+        self._frame(out, lines)
+        if is_all and self._is_chunked:
+            lines.append(_LAST_CHUNK)
+        self._send(b"".join(lines))
 
     def write(self, out: bytes) -> None:
         """Go on with it. ``out`` is not empty."""
@@ -110,26 +118,29 @@ class Response:
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client is gone")
         if self._is_chunked:
-            out = b"%x\r\n%b\r\n" % (len(out), out)
+            out = b"".join((_size_of(out), out, _NEWLINE))
         if self.outbox is not None and self.keep_alive:
-            self.outbox.write(transport, out)
+            self._has_backlog = self.outbox.write(transport, out)
         else:
             self._send(out)
 
     def end(self, out: bytes) -> None:
         """Say the last of it, and that it is the last."""
-        if last := self._last(out):
+        parts: list[bytes] = []
+        self._frame(out, parts)
+        if self._is_chunked:
+            parts.append(_LAST_CHUNK)
+        if last := b"".join(parts):
             self._send(last)
 
-    def _framed(self, out: bytes) -> bytes:
-        if not self._is_chunked or not out:
-            return out
-        return b"%x\r\n%b\r\n" % (len(out), out)
-
-    def _last(self, out: bytes) -> bytes:
-        if not self._is_chunked:
-            return out
-        return b"%x\r\n%b\r\n0\r\n\r\n" % (len(out), out) if out else b"0\r\n\r\n"
+    def _frame(self, out: bytes, parts: list[bytes]) -> None:
+        """Add a piece of the body as it is said."""
+        if not out:
+            return
+        if self._is_chunked:
+            parts += (_size_of(out), out, _NEWLINE)
+        else:
+            parts.append(out)
 
     def _send(self, data: bytes) -> None:
         transport = self._client.transport
@@ -138,31 +149,37 @@ class Response:
         self.is_begun = True
         self._transport = transport
         if self.outbox is None:
+            self._has_backlog = True
             transport.write(data)
             return
-        self.outbox.write(transport, data)
+        self._has_backlog = self.outbox.write(transport, data)
         if not self.keep_alive:  # then aiohttp is about to close it
             self.outbox.flush(transport)
 
-    def _whole_head(self, status: int, head: bytes) -> bytes:
-        """Add the headers that are not the same in all replies of a kind."""
+    def _lines(self, status: int, head: bytes) -> list[bytes]:
+        """Return the head with what is not the same in all replies of a kind, in pieces."""
         self.status = status
-        id = b"X-Request-Id: %b\r\n" % self._id.encode() if self._id else b""
-        head = b"%b%b%b%b" % (head, _date(int(time.time())), self.more, id)
+        lines = [head, _date(int(time.time())), self.more]
+        if self._id:
+            lines += (b"X-Request-Id: ", self._id.encode(), _NEWLINE)
         if not self.keep_alive:  # whatever a dialect says
-            return head.replace(_KEEP_ALIVE, b"") + b"Connection: close\r\n"
-        if self._is_http11 or _KEEP_ALIVE in head:
-            return head
-        return head + _KEEP_ALIVE
+            lines[0] = head.replace(_KEEP_ALIVE, b"")
+            lines.append(b"Connection: close\r\n")
+        elif not (self._is_http11 or _KEEP_ALIVE in head):
+            lines.append(_KEEP_ALIVE)
+        return lines
 
     # ------------------------------------------------------------------ flow and failure
 
-    @property
     def is_clogged(self) -> bool:
         """The client does not read as fast as it is written to."""
         # Before the first write nothing of ours can be in the way.
         transport = self._transport
-        return transport is not None and transport.get_write_buffer_size() > _HIGH_BYTES
+        return (
+            self._has_backlog
+            and transport is not None
+            and transport.get_write_buffer_size() > _HIGH_BYTES
+        )
 
     async def drain(self) -> None:
         """Wait until it has read most of it."""
@@ -183,6 +200,15 @@ class Response:
 
     async def write_eof(self) -> None:
         """Nothing is left to do."""
+
+
+# Of chunks as long as most events are.
+_SIZES = [b"%x\r\n" % size for size in range(1024)]
+
+
+def _size_of(chunk: bytes) -> bytes:
+    size = len(chunk)
+    return _SIZES[size] if size < 1024 else b"%x\r\n" % size
 
 
 # Where asyncio's transports begin to ask for a pause.

@@ -76,6 +76,7 @@ def test_attributes_are_those_that_are_set(told: Told):
         """
     )
     assert pxd.splitlines() == [
+        "cimport cython",
         "from made.one cimport Box as Box_t",
         "",
         "cdef class Box:",
@@ -85,6 +86,100 @@ def test_attributes_are_those_that_are_set(told: Told):
         "    cdef public Box_t first",
         "    cdef public object late",
         "    cpdef object fill(self)",
+    ]
+
+
+def test_arguments_variables_and_what_is_made_have_types(told: Told):
+    source, pxd = told(
+        one="""
+        from made import thing
+
+
+        class Box:
+            '''A box.'''
+
+            def __init__(self, inner: "Box | None", *, size: int) -> None:
+                self.inner = inner
+                self.made = Box(None, size=1)
+                self.size = size
+
+            def first(self, boxes: list["Box"]) -> "Box":
+                box: Box
+                for box in boxes:
+                    return box
+                self.late = Box(None, size=2)
+                return self.late
+        """
+    )
+    assert "    @cython.locals(inner=Box_t)\n    def __init__(" in source
+    assert "import cython; from made import thing\n" in source
+    lines = [line.strip() for line in pxd.splitlines()]
+    assert lines[0] == "cimport cython"
+    for declared in ("Box_t inner", "Box_t made", "object size", "Box_t late"):
+        assert f"cdef public {declared}" in lines
+    signature = lines.index("cpdef Box_t first(self, object boxes)")
+    assert lines[signature - 1] == "@cython.locals(box=Box_t)"
+
+
+def test_a_modules_own_functions_are_fast(told: Told):
+    _, pxd = told(
+        one="""
+        class Box:
+            def __init__(self) -> None:
+                self.size = 1
+
+
+        def _size_of(box: Box, *, default: int = 0) -> int:
+            other: Box | None = box
+            return other.size
+
+
+        def size_of(box: Box) -> int:
+            return box.size
+
+
+        @some
+        def _odd(box: Box) -> int:
+            return box.size
+
+
+        def _sizes(boxes: list[Box]) -> int:
+            return sum(box.size for box in boxes)
+        """
+    )
+    lines = pxd.splitlines()
+    signature = lines.index("cpdef object _size_of(Box_t box, object default=*)")
+    assert lines[signature - 1] == "@cython.locals(other=Box_t)"
+    assert not [
+        line for line in lines if "size_of(" in line and " _size_of(" not in line
+    ]
+    assert not [line for line in lines if "_odd" in line or "_sizes" in line]
+
+
+def test_what_must_be_named_is_told_by_its_place_as_well(told: Told):
+    source, _ = told(
+        one="""
+        class Box:
+            def fill(self, size: int, *, deep: bool) -> None:
+                self.size = size
+
+            def empty(
+                self,
+                *,
+                fast: bool = False,
+            ) -> None:
+                self.size = 0
+        """
+    )
+    lines = [line.strip() for line in source.splitlines()]
+    assert "def fill(self, size: int, deep: bool) -> None:" in lines
+    begin = lines.index("def empty(")
+    assert lines[begin : begin + 5] == [
+        "def empty(",
+        "self,",
+        "",
+        "fast: bool = False,",
+        ") -> None:",
     ]
 
 
@@ -210,7 +305,12 @@ def test_properties_are_no_attributes(told: Told):
         ("def f(self, a: 'Box') -> Box: ...", "cpdef Box_t f(self, Box_t a)"),
         ("def f(self, a: None | Box): ...", "cpdef object f(self, Box_t a)"),
         ("def f(self, a: int | Box | None): ...", "cpdef object f(self, object a)"),
-        ("def f(self, *, a): ...", ""),
+        ("def f(self, *, a): ...", "cpdef object f(self, object a)"),
+        (
+            "def f(self, a=1, *, b=2): ...",
+            "cpdef object f(self, object a=*, object b=*)",
+        ),
+        ("def f(self, a=1, *, b): ...", ""),
         ("def f(self, *a): ...", ""),
         ("def f(self, **a): ...", ""),
         ("async def f(self): ...", ""),
@@ -432,11 +532,10 @@ async def test_what_runs_is_said():
 USES: dict[str, Callable[[UpstreamReply], object]] = {
     "header": lambda gone: gone.header("x"),
     "pairs": lambda gone: gone.pairs,
-    "names": lambda gone: gone.names,
     "named": lambda gone: gone.named(bool),
     "listen": lambda gone: gone.listen(None),
-    "is_going_on": lambda gone: gone.is_going_on,
-    "is_complete": lambda gone: gone.is_complete,
+    "is_going_on": lambda gone: gone.is_going_on(),
+    "is_complete": lambda gone: gone.is_complete(),
     "failure": lambda gone: gone.failure,
     "pause": lambda gone: gone.pause(),
     "resume": lambda gone: gone.resume(),

@@ -318,7 +318,7 @@ def test_nobody_asks_a_class_for_what_its_objects_have():
 
 # Of a response it is that of its upstream, which lives as long as the proxy; a parser that
 # ends calls nobody.
-_KEPT = {("Response", "outbox"), ("Exchange", "_parser")}
+_KEPT = {("Response", "outbox"), ("Translation", "_parser")}
 
 
 def test_nothing_is_let_go_of_while_a_method_of_it_runs():

@@ -53,8 +53,9 @@ class Wire(asyncio.Transport):
 class AtOnce(Outbox):
     """Keeps nothing, so that a reply may follow in the same turn."""
 
-    def write(self, transport: Transport, data: bytes) -> None:
+    def write(self, transport: Transport, data: bytes) -> bool:
         transport.write(data)
+        return True
 
 
 async def on_connection(use: Callable[[Connection, Wire], None]) -> None:
@@ -68,10 +69,10 @@ def state(connection: Connection) -> str:
     """What a caller sees of where a reply is; never two things at once."""
     seen = {
         "ending": connection.is_ending,
-        "complete": connection.is_complete,
+        "complete": connection.is_complete(),
         "broken": connection.error is not None,
     }
-    assert not connection.is_reusable or seen["complete"]
+    assert not connection.is_reusable() or seen["complete"]
     return " ".join(word for word, is_so in seen.items() if is_so)
 
 
@@ -165,7 +166,7 @@ def test_any_reply_in_any_cut(given, places, is_listening, is_taken_late):
 
     def use(connection: Connection, wire: Wire) -> None:
         for reply in given:
-            connection.send(b"request", b"")
+            connection.send(b"request")
             assert state(connection) == "ending"
             body = b""
 
@@ -187,7 +188,7 @@ def test_any_reply_in_any_cut(given, places, is_listening, is_taken_late):
             take()
             check(connection, reply, body)
             assert state(connection) == "complete"
-            assert connection.is_reusable is not reply.is_last
+            assert connection.is_reusable() is not reply.is_last
             if reply.is_last:
                 return
             connection.release()
@@ -201,7 +202,7 @@ def test_any_reply_that_breaks_off(reply, missing, places):
     raw = reply.raw[: -min(missing, len(reply.raw))]
 
     def use(connection: Connection, wire: Wire) -> None:
-        connection.send(b"request", b"")
+        connection.send(b"request")
         body = b""
         for data in cut(raw, places):
             connection.data_received(data)
@@ -218,7 +219,7 @@ def test_any_reply_that_breaks_off(reply, missing, places):
 
 async def test_bad_chunk_after_good_ones():
     def use(connection: Connection, wire: Wire) -> None:
-        connection.send(b"request", b"")
+        connection.send(b"request")
         taken: list[bytes] = []
         connection.listener = lambda: taken.append(connection.take())
         connection.data_received(CHUNKED + in_chunks(b"abc", 1) + b"no chunk")
@@ -237,13 +238,13 @@ SURPLUS = st.sampled_from(
 @given(replies("length chunks none"), SURPLUS | replies().map(lambda r: r.raw), CUTS)
 def test_what_follows_a_reply_is_not_of_it(reply, surplus, places):
     def use(connection: Connection, wire: Wire) -> None:
-        connection.send(b"request", b"")
+        connection.send(b"request")
         body = b""
         for data in cut(reply.raw + surplus, places):
             connection.data_received(data)
             body += connection.take() if connection.is_head_in else b""
         check(connection, reply, body)
-        assert state(connection) == "complete" and not connection.is_reusable
+        assert state(connection) == "complete" and not connection.is_reusable()
 
     asyncio.run(on_connection(use))
 
@@ -251,12 +252,12 @@ def test_what_follows_a_reply_is_not_of_it(reply, surplus, places):
 @given(replies("length chunks"), CUTS)
 def test_a_reply_to_head_has_no_body_even_if_one_comes(reply, places):
     def use(connection: Connection, wire: Wire) -> None:
-        connection.send(b"request", b"", bodiless=True)
+        connection.send(b"request", bodiless=True)
         for data in cut(reply.raw, places):
             connection.data_received(data)
             assert connection.take() == b""
         check(connection, reply, reply.body)
-        assert state(connection) == "complete" and not connection.is_reusable
+        assert state(connection) == "complete" and not connection.is_reusable()
 
     asyncio.run(on_connection(use))
 
@@ -269,13 +270,13 @@ async def test_a_head_may_be_so_long(size, excess):
     raw = b"HTTP/1.1 200 OK\r\nA: %b\r\nContent-Length: 5\r\n\r\nhello" % value
 
     def use(connection: Connection, wire: Wire) -> None:
-        connection.send(b"request", b"")
+        connection.send(b"request")
         for start in range(0, len(raw), size):
             if not wire.is_closing():
                 connection.data_received(raw[start : start + size])
         assert connection.is_head_in is (excess < 0)
         if excess < 0:
-            assert connection.take() == b"hello" and connection.is_reusable
+            assert connection.take() == b"hello" and connection.is_reusable()
         else:
             assert isinstance(connection.error, BadReply) and wire.is_closing()
             assert str(connection.error) == "its head is too long"
@@ -287,7 +288,7 @@ async def test_what_nobody_takes_is_counted_without_its_frames():
     chunk = in_chunks(b"x", 1)
 
     def use(connection: Connection, wire: Wire) -> None:
-        connection.send(b"request", b"")
+        connection.send(b"request")
         connection.data_received(CHUNKED)
         for _ in range(HIGH_WATER_BYTES // 1024):
             assert wire.is_reading()
@@ -305,13 +306,13 @@ async def test_what_is_taken_at_once_holds_nothing_back(monkeypatch):
     def use(connection: Connection, wire: Wire) -> None:
         paused: list[bool] = []
         monkeypatch.setattr(wire, "pause_reading", lambda: paused.append(True))
-        connection.send(b"request", b"")
+        connection.send(b"request")
         taken: list[bytes] = []
         connection.listener = lambda: taken.append(connection.take())
         connection.data_received(CHUNKED + in_chunks(b"x" * 200_000, 50_000))
         connection.data_received(in_chunks(b"y" * 200_000, 200_000) + b"0\r\n\r\n")
         assert b"".join(taken) == b"x" * 200_000 + b"y" * 200_000
-        assert not paused and connection.is_reusable
+        assert not paused and connection.is_reusable()
 
     await on_connection(use)
 
@@ -332,9 +333,9 @@ async def test_lingering_ends_once(name):
 
     def use(connection: Connection, wire: Wire) -> None:
         ends: list[bool] = []
-        connection.send(b"request", b"")
+        connection.send(b"request")
         connection.data_received(CHUNKED + in_chunks(b"x" * 5000, 500))
-        connection.linger(lambda: ends.append(connection.is_reusable))
+        connection.linger(lambda: ends.append(connection.is_reusable()))
         connection.data_received(in_chunks(b"x" * 9, 3))
         assert ends == []
         if last:
@@ -350,8 +351,8 @@ async def test_a_reply_before_its_request_went_out_answers_nothing():
     wire = Wire()
     connection = Connection(Outbox(asyncio.get_running_loop()))
     connection.connection_made(wire)
-    connection.send(b"POST / HTTP/1.1\r\n\r\n", b"")
+    connection.send(b"POST / HTTP/1.1\r\n\r\n")
     connection.data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
     assert isinstance(connection.error, ConnectionFailed)
     assert not (connection.is_head_in or connection.has_received)
-    assert not connection.is_reusable and wire.is_closing()
+    assert not connection.is_reusable() and wire.is_closing()

@@ -8,7 +8,7 @@ from aiohttp.http import HttpProcessingError
 from aiohttp.http_parser import HttpRequestParser
 from hypothesis import given, strategies as st
 
-from proxy.heads import MOST_BYTES, cut, is_repeatable, is_waiting
+from proxy.heads import MOST_BYTES, Again, cut, is_repeatable, is_waiting
 
 BEFORE = b"POST /v1/messages HTTP/1.1\r\nHost: a"
 LENGTH = b"Content-Length: "
@@ -112,6 +112,49 @@ def test_a_head_is_repeatable_only_as_what_the_parser_found():
     assert not is_repeatable(HEAD, "/v1/messages", [*found, (b"X", b"a")])
     put = (BEFORE.replace(b"POST", b"PUT"), AFTER)
     assert not is_repeatable(put, "/v1/messages", found)
+
+
+def cut_by(again: Again, data: bytes) -> bytes | None:
+    """What ``Again.body_of`` should say, by what ``cut`` does."""
+    parts, first = cut(data), cut(FIRST)
+    assert first is not None
+    if parts is None or parts[0] != first[0] or len(parts[1]) != parts[2]:
+        return None
+    return parts[1]
+
+
+FIRST = request(b"2")
+LAST = BEFORE + b"\r\n" + LENGTH + b"2\r\n\r\n{}"
+
+
+def test_a_head_that_comes_again_needs_no_cutting():
+    for first in (FIRST, LAST):
+        parts = cut(first)
+        assert parts is not None
+        again = Again(first, parts[0], "known")
+        assert again.known == "known"
+        # The number of digits is guessed from the last one; a wrong guess costs nothing.
+        for size in (2, 2, 12, 1234, 0, 5, 123456):
+            body = b"x" * size
+            same = first.replace(b": 2\r\n", b": %d\r\n" % size)[:-2] + body
+            assert again.body_of(same) == body
+
+
+@given(
+    st.sampled_from([b"2", b"12", b"02", b"", b"2 ", b"-2", b"1234567890", b"\xb2"]),
+    st.sampled_from([b"{}", b"{", b"{}POST", b"", b"{}" * 6, b"\r\n\r\n"]),
+    st.integers(0, len(FIRST)),
+    st.sampled_from([b"", b"\r", b"\n", b"\r\n\r\n", b"x", LENGTH]),
+)
+def test_whatever_comes_again_is_what_cutting_it_would_find(length, body, at, more):
+    parts = cut(FIRST)
+    assert parts is not None
+    again = Again(FIRST, parts[0], None)
+    for guessed in (FIRST, request(b"12", b"{}" * 6)):
+        assert again.body_of(guessed) is not None
+        whole = request(length, body)
+        for data in (whole, whole[:at] + more + whole[at:], whole[:at], whole + more):
+            assert again.body_of(data) == cut_by(again, data)
 
 
 def test_a_client_that_waits_for_leave_is_known():

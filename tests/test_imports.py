@@ -24,7 +24,7 @@ FLOORS = [
     },
     {"dialects", "providers", "modelconfig"},
     {
-        *("exchange", "passthrough", "outcome", "log", "heads"),
+        *("exchange", "translation", "passthrough", "outcome", "log", "heads"),
         *("auth", "config", "pool", "routes", "pages", "transport"),
         *("cors", "instance", "knobs", "siteconfig", "usage", "limits", "metrics"),
         *("memory_storage", "counts", "prometheus"),
@@ -43,6 +43,8 @@ NEIGHBOURS = {
     "completion": {"errors"},
     "providers": {"dialects", "modelconfig"},
     "config": {"transport"},
+    "translation": {"exchange"},
+    "passthrough": {"exchange"},
     "log": {"outcome"},
     "auth": {"config"},
     "routes": {"config"},

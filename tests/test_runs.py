@@ -16,9 +16,9 @@ from proxy.dialects.openai import OpenAIReader
 from proxy.dialects.openai_incoming import ChatWriter, CompletionWriter
 from proxy.dialects.runs import Runs, are_literal
 from proxy.errors import UpstreamFault
-from proxy.exchange import Exchange
 from proxy.passthrough import PassThrough
 from proxy.sse import Event, Parser
+from proxy.translation import Translation
 from tests.support.upstream import anthropic_events, data, openai_chunk, openai_chunks
 
 START, PLAIN, FINISH, DONE = openai_chunks(["word"])
@@ -72,7 +72,7 @@ def parsed(reader, stream: bytes) -> list:
 
 def exchanged(reader, reads: list[bytes]) -> list:
     writer = Collecting()
-    exchange = Exchange(
+    exchange = Translation(
         reader,
         writer,
         stream=True,
@@ -183,7 +183,7 @@ def test_what_passes_is_what_passes_event_by_event(events, cuts):
         except UpstreamFault as fault:
             return fault.message
         # Not its bytes: comments go missing where another event is replaced.
-        return Parser().feed(out), passing.adjusted, passing.is_answering
+        return Parser().feed(out), passing.adjusted(), passing.is_answering
 
     expected = passed([event + b"\n\n" for event in stream.split(b"\n\n")])
     assert passed([stream[a:b] for a, b in itertools.pairwise(edges)]) == expected

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from proxy.__main__ import main
-from proxy.server import Proxy, handling
+from proxy.server import handling, page
 from tests.support.client import RawReply, connect, request
 from tests.support.fixtures import (
     QUESTION,
@@ -955,7 +955,7 @@ async def test_secrets_are_not_in_the_traceback_of_a_bug(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError(f"a bug with {KEY} and {PASSWORD} and {QUERY_KEY}")
 
-    monkeypatch.setattr(Proxy, "interruptible", fail)
+    monkeypatch.setattr(page, "forward", fail)
     monkeypatch.setattr(handling, "Relay", fail)
     given = {"Authorization": f"Bearer {TOKEN}"}
     for path in (CHAT, TOKENIZE):

@@ -381,10 +381,11 @@ async def test_a_bug_in_a_callback_is_ours_and_said(
     proxy = bare
     connection = await warmed(proxy, upstream, dialect, GOOD)
 
-    def fail(*_: object) -> None:
-        raise RuntimeError("made up")
+    class Broken(dict[str, bool]):
+        def __missing__(self, text: str) -> bool:
+            raise RuntimeError("made up")
 
-    monkeypatch.setattr(relay, "_is_event_stream", fail)
+    monkeypatch.setattr(relay, "_IS_STREAM", Broken())
     answered = await ask(connection, asking(proxy, dialect, stream=True))
     assert b"internal error" in answered.body
     assert proxy.outcomes[-1]["kind"] == "internal"
@@ -392,7 +393,7 @@ async def test_a_bug_in_a_callback_is_ours_and_said(
 
 
 class BrokenOutbox(Outbox):
-    def write(self, transport: object, data: bytes) -> None:
+    def write(self, transport: object, data: bytes) -> bool:
         raise RuntimeError("made up")
 
 

@@ -230,9 +230,9 @@ REQUEST_FIXES: dict[str, tuple[Fix, ...]] = {
 PROFILES = tuple(REQUEST_FIXES)
 
 
-def fix_request(profile: str, fields: Fields) -> list[str]:
+def fix_request(fixes: tuple[Fix, ...], fields: Fields) -> list[str]:
     """Change ``fields`` to what the server takes; return the names of the changed."""
-    return [f"request.{name}" for name, fix in REQUEST_FIXES[profile] if fix(fields)]
+    return [f"request.{name}" for name, fix in fixes if fix(fields)]
 
 
 # ---------------------------------------------------------------------------- replies

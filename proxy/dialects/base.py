@@ -222,6 +222,8 @@ def quote_each(texts: list[str], before: str, after: str) -> str:
 
 def frame_each(texts: list[bytes], before: bytes, after: bytes) -> bytes:
     """The same for texts that stand in JSON as they are."""
+    if len(texts) == 1:
+        return b"".join((before, texts[0], after))
     return before + (after + before).join(texts) + after
 
 

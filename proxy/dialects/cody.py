@@ -441,7 +441,7 @@ def plain_error(status: int, text: str, headers: Mapping[str, str]) -> Reply:
     )
 
 
-class _Writer:
+class _CodyWriter:
     """What all versions have in common."""
 
     stream_headers = _STREAM_HEADERS
@@ -504,7 +504,7 @@ class _Writer:
 _MOST_REPEATED_CHARS = 64 * 1024
 
 
-class CumulativeWriter(_Writer):
+class CumulativeWriter(_CodyWriter):
     """Legacy and api-version 1: each frame has the whole text so far."""
 
     def __init__(self, version: int, stream: bool) -> None:
@@ -562,7 +562,7 @@ _DELTA = 'event: completion\ndata: {"deltaText":'
 _DELTA_LITERAL = f'{_DELTA}"'.encode("ascii")
 
 
-class DeltaWriter(_Writer):
+class DeltaWriter(_CodyWriter):
     """From api-version 2 on: each frame has only what is new."""
 
     def frames(self, deltas: list[Delta]) -> bytes:

@@ -303,13 +303,6 @@ class _TextChoice(msgspec.Struct, gc=False):
     index: Literal[0] = 0
     delta: None = None
 
-    @property
-    def content(self) -> str | None:
-        """None if it is neither, or both."""
-        if self.message is None:
-            return self.text
-        return self.message.content if self.text is None else None
-
 
 class _TextReply(msgspec.Struct, gc=False):
     """Most whole replies: text and nothing else, just as it should be. Any other is
@@ -345,7 +338,9 @@ def _as_text_reply(body: bytes) -> _TextReply | None:
         reply = _decode_text_reply(body)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         return None
-    return reply if reply.choices[0].content is not None else None
+    choice = reply.choices[0]
+    is_one = (choice.message is None) != (choice.text is None)
+    return reply if is_one else None
 
 
 class OpenAIReader(Reader):
@@ -391,7 +386,8 @@ class OpenAIReader(Reader):
             self._keep_usage(reply.usage)
         (choice,) = reply.choices
         out: list[Delta] = [Start(reply.id, reply.model)]
-        if content := choice.content:
+        message = choice.message
+        if content := choice.text if message is None else message.content:
             out.append(Text(content))
         out.append(Finish(choice.finish_reason))
         return out

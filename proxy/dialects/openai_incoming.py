@@ -604,7 +604,7 @@ _REASONS = {
 }
 
 
-class _Writer:
+class _OpenAIWriter:
     """What the replies of both routes have in common.
 
     A class says what its frames look like around a text; everything in them but the
@@ -716,6 +716,12 @@ class _Writer:
         before, after = self._TEXT_CHOICE
         self._text_head = self._head + before
         self._text_tail = after + self._tail
+        if first := self._first_choice():
+            out.append(self._head + first + self._tail)
+
+    def _first_choice(self) -> str:
+        """What is said before anything else; "" if nothing is."""
+        return ""
 
     def _finish(self, reason: str, out: list[str]) -> None:
         if self._is_finished:
@@ -737,7 +743,7 @@ class _Writer:
         raise NotImplementedError
 
 
-class ChatWriter(_Writer):
+class ChatWriter(_OpenAIWriter):
     _ID_PREFIX = "chatcmpl-"
     _OBJECT = "chat.completion"
     _CHUNK_OBJECT = "chat.completion.chunk"
@@ -747,10 +753,8 @@ class ChatWriter(_Writer):
     # in place: most replies have none.
     _calls: Mapping[int, int] = {}
 
-    def _begin(self, out: list[str]) -> None:
-        super()._begin(out)
-        role = _chat_choice('{"role":"assistant","content":""}', "null")
-        out.append(self._head + role + self._tail)
+    def _first_choice(self) -> str:
+        return _chat_choice('{"role":"assistant","content":""}', "null")
 
     def _choice_piece(self, delta: Thinking | ToolCall) -> str:
         if isinstance(delta, Thinking):
@@ -794,11 +798,12 @@ class ChatWriter(_Writer):
         }
 
 
-class CompletionWriter(_Writer):
+class CompletionWriter(_OpenAIWriter):
     """Says text only: a completion has neither reasoning nor tool calls."""
 
     _ID_PREFIX = "cmpl-"
-    _OBJECT = _CHUNK_OBJECT = "text_completion"
+    _OBJECT = "text_completion"
+    _CHUNK_OBJECT = "text_completion"
     _TEXT_CHOICE = (
         '{"index":0,"text":',
         ',"logprobs":null,"finish_reason":null}',

@@ -52,10 +52,13 @@ class Runs:
         "_seam",
         "_text_of",
         "is_learning",
+        "is_plain",
     )
 
     def __init__(self) -> None:
         self.is_learning = True
+        # The last run was one text, of nothing but characters that need no escaping.
+        self.is_plain = False
         self._lessons = 0
         self._before = b""
         self._after = b""
@@ -102,19 +105,20 @@ class Runs:
         An event must begin at ``start``; a run ends where an event does.
         """
         before, after = self._before, self._after
-        head = start + len(before)
-        end = (
-            data.find(after, head) if before and data.startswith(before, start) else -1
-        )
+        head, end = start + len(before), len(data) - len(after)
+        self.is_plain = False
+        if not before or data[start:head] != before:
+            self.is_learning = self._lessons < _MOST_LESSONS
+            return 0, []
+        # One event, as long as nobody is late.
+        if end >= head and data[end:] == after and _is_plain(text := data[head:end]):
+            self._lessons = 0
+            self.is_plain = bool(text)
+            return len(data), [text]
+        end = data.rfind(after, head)
         if end < 0:
             self.is_learning = self._lessons < _MOST_LESSONS
             return 0, []
-        if end + len(after) == len(data):  # one event, as long as nobody is late
-            texts = [data[head:end]]
-            if _are_strings(texts):
-                self._lessons = 0
-                return len(data), texts
-        end = data.rfind(after)
         seam = self._seam
         first, last = start + len(seam) - len(_END), end + len(after) - len(_END)
         texts = list(map(self._text_of, data[first:last].split(seam)))
@@ -186,6 +190,14 @@ def are_literal(texts: list[bytes]) -> bool:
         return True
     is_escaped = not odd.strip(b'"\\')
     return is_escaped and _SHORT_ESCAPES(b"\n".join(texts)) is not None
+
+
+def _is_plain(text: bytes) -> bool:
+    """Whether a text is nothing but characters that stand for themselves."""
+    if not text.isascii():
+        return False
+    shown = text.decode("ascii")
+    return shown.isprintable() and '"' not in shown and "\\" not in shown
 
 
 def _are_strings(texts: list[bytes]) -> bool:

@@ -1,5 +1,6 @@
 """What every kind of upstream has in common: from a request to a call of it."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -8,7 +9,7 @@ import msgspec
 
 from proxy.completion import ROLES, CompletionRequest, ImagePart, Message, TextPart
 from proxy.dialects.adjust import (
-    REQUEST_FIXES,
+    Fix,
     decode_fields,
     encode_fields,
     fix_request,
@@ -36,12 +37,12 @@ class Call(msgspec.Struct):
     headers: dict[str, str]
     body: bytes
     reader: Reader
-    stops: list[str] = []
-    ends: list[str] = []
+    stops: Sequence[str] = ()
+    ends: Sequence[str] = ()
     native: str = ""
     adjust: bool = True
     several: bool = False
-    adjusted: list[str] = []
+    adjusted: Sequence[str] = ()
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -62,6 +63,49 @@ class Native(msgspec.Struct, frozen=True):
     headers: dict[str, str]
     reader: type[Reader]
     model: str = ""
+
+    def pass_on(
+        self,
+        dialect: str,
+        chosen: Chosen,
+        model: Model,
+        body: bytes,
+        *,
+        fixes: tuple[Fix, ...],
+        adjust: bool,
+    ) -> Call:
+        """Return the call that hands the client's own bytes on.
+
+        Only what must change does: the model's name and, with ``adjust``, what this kind
+        of server refuses. What does not change keeps its bytes.
+        """
+        adjusted: Sequence[str] = ()
+        if not adjust:
+            fixes = ()
+        is_other = self.model and chosen.model != self.model
+        if is_other and not adjust:
+            # Names that only the configuration knows must change, whatever was asked.
+            name = (chosen.model or "").strip()
+            is_other = name not in ("", model.api_model or model.name)
+        if is_other or fixes:
+            fields = decode_fields(body)
+            before = dict(fields)
+            if is_other:
+                fields["model"] = raw(self.model)
+            if fixes:
+                adjusted = fix_request(fixes, fields)
+            if fields != before:
+                body = encode_fields(fields)
+        return Call(
+            self.url,
+            self.headers,
+            body,
+            self.reader(),
+            native=dialect,
+            adjust=adjust,
+            several=chosen.is_several,
+            adjusted=adjusted,
+        )
 
 
 class Provider(Protocol):
@@ -224,45 +268,3 @@ def bearer(endpoint: Endpoint) -> dict[str, str]:
     if not endpoint.access_token or endpoint.access_token_query:
         return {}
     return {"Authorization": f"Bearer {endpoint.access_token}"}
-
-
-def pass_on(
-    native: Native,
-    dialect: str,
-    chosen: Chosen,
-    model: Model,
-    body: bytes,
-    *,
-    profile: str,
-    adjust: bool,
-) -> Call:
-    """Return the call that hands the client's own bytes on.
-
-    Only what must change does: the model's name and, with ``adjust``, what this kind of
-    server refuses. What does not change keeps its bytes.
-    """
-    name = chosen.model or ""
-    known = ("", model.api_model or model.name)
-    # Names that only the configuration knows must change, whatever was asked.
-    must = adjust or name.strip() not in known
-    renamed = native.model and name != native.model and must
-    adjusted: list[str] = []
-    if renamed or (adjust and REQUEST_FIXES[profile]):
-        fields = decode_fields(body)
-        before = dict(fields)
-        if renamed:
-            fields["model"] = raw(native.model)
-        if adjust:
-            adjusted = fix_request(profile, fields)
-        if fields != before:
-            body = encode_fields(fields)
-    return Call(
-        native.url,
-        native.headers,
-        body,
-        native.reader(),
-        native=dialect,
-        adjust=adjust,
-        several=chosen.is_several,
-        adjusted=adjusted,
-    )

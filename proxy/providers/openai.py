@@ -63,6 +63,10 @@ class OpenAICompatibleProvider:
         self._is_tgi = settings.type == "huggingface-tgi"
         self._profile = TGI if self._is_tgi else COMPATIBLE
         self._legacy_completions = settings.use_legacy_completions
+        # They last as long as this, so that each has an identity of its own. (One with
+        # a client's credential is made for a request.)
+        self._endpoints = frozenset(map(id, settings.endpoints))
+        self._ways: dict[tuple[int, str, bool], tuple[str, dict[str, str]]] = {}
 
     def call(
         self, request: CompletionRequest, model: Model, endpoint: Endpoint
@@ -72,14 +76,20 @@ class OpenAICompatibleProvider:
             request.model = TGI_MODEL
         chat = request.feature == "chat" or not self._legacy_completions
         path = "chat/completions" if chat else "completions"
-        return _call(
-            request,
-            model,
-            self._profile,
-            chat=chat,
-            url=join_url(endpoint.url, path, token_query(endpoint)),
-            headers=headers_for(request, endpoint, bearer(endpoint)),
-        )
+        url, headers = self._way(request, endpoint, path)
+        return _call(request, model, self._profile, chat=chat, url=url, headers=headers)
+
+    def _way(
+        self, request: CompletionRequest, endpoint: Endpoint, path: str
+    ) -> tuple[str, dict[str, str]]:
+        """Return URL and headers, which are the same for all requests of a kind."""
+        key = (id(endpoint), path, request.stream)
+        if (way := self._ways.get(key)) is None:
+            url = join_url(endpoint.url, path, token_query(endpoint))
+            way = url, headers_for(request, endpoint, bearer(endpoint))
+            if key[0] in self._endpoints:
+                self._ways[key] = way
+        return way
 
     def native(
         self, asked: Asked, request: CompletionRequest, model: Model, endpoint: Endpoint

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
-from typing import Protocol, cast
+from typing import Protocol
 
 import msgspec
 from msgspec import structs
@@ -12,15 +12,8 @@ from proxy import routes
 from proxy.admission import Admission, Permit
 from proxy.auth import credential
 from proxy.completion import CompletionRequest, Feature
-from proxy.dialects.adjust import ADJUSTED, mend
-from proxy.dialects.base import (
-    Chosen,
-    Head,
-    Native as NativeDialect,
-    Reply,
-    Writer,
-    choose,
-)
+from proxy.dialects.adjust import REQUEST_FIXES, mend
+from proxy.dialects.base import Chosen, Head, Reply, Writer, choose
 from proxy.errors import (
     InvalidRequest,
     LimitReached,
@@ -34,7 +27,7 @@ from proxy.errors import (
 from proxy.modelconfig.resolved import Endpoint, Provider as ProviderSettings
 from proxy.outcome import Outcome
 from proxy.pool import Member, Pool
-from proxy.providers.base import Asked, Call, Native, pass_on
+from proxy.providers.base import Asked, Call, Native
 from proxy.redact import BUG
 from proxy.relay import Relay, Terms, shortest
 from proxy.response import Client as ClientConnection, Response
@@ -55,7 +48,7 @@ class Client(ClientConnection, Protocol):
     @property
     def remote(self) -> str: ...
 
-    def visited(self, *, keep_alive: bool) -> None:
+    def visited(self, now_s: float, *, keep_alive: bool) -> None:
         """A visit is over."""
 
 
@@ -99,6 +92,7 @@ class Handling:
         self._client = client
         self._path = target.path
         self._incoming = target.incoming
+        self._passing = target.passing
         self._head = head
         self._limit_s = limit_s
         self.response = response
@@ -173,7 +167,7 @@ class Handling:
             await self._ask_pool(asked, begun)
             return
         permit = begun.permit if begun is not None else None
-        feature, provider = asked.completion.feature, asked.course.settings.id
+        feature, provider = asked.completion.feature, asked.course.provider_id
         async with self._place(door, feature, provider, asked.timeout_s, permit):
             await self._ask_pool(asked, begun)
 
@@ -183,7 +177,7 @@ class Handling:
         attempt = begun.attempt if begun is not None else None
         if attempt is None:
             self._turn_knobs(asked)
-            attempt = self._attempt(asked, tried)
+            attempt = self._attempt(asked, loop.time(), tried)
         while attempt is not None:
             try:
                 await attempt.relay.run()
@@ -197,8 +191,8 @@ class Handling:
                     raise
                 self.outcome.tried += (f"{attempt.member.name} {fault.kind}",)
             finally:
-                self._settle(attempt)
-            attempt = self._attempt(asked, tried)
+                self._settle(attempt, loop.time())
+            attempt = self._attempt(asked, loop.time(), tried)
 
     def _turn_knobs(self, asked: "Asking") -> None:
         """Those of the model, once, for Cody's clients; there are none for others."""
@@ -208,10 +202,12 @@ class Handling:
             asked.timeout_s = knobs.timeout_s(asked.completion, asked.timeout_s)
             asked.is_adjusted = True
 
-    def _attempt(self, asked: "Asking", tried: Collection[Member]) -> Attempt | None:
+    def _attempt(
+        self, asked: "Asking", now_s: float, tried: Collection[Member] = ()
+    ) -> Attempt | None:
         """Choose the next endpoint to ask; None if there is none."""
         service, course, outcome = self._service, asked.course, self.outcome
-        pool, now_s = course.pool, service.loop.time()
+        pool = course.pool
         member = pool.pick(now_s, self, tried)
         if member is None:
             return None
@@ -237,6 +233,7 @@ class Handling:
                 outcome,
                 self.started_s,
                 asked.timeout_s,
+                now_s,
                 prepared,
             )
         except Exception:  # it cannot be said there: nothing was asked
@@ -245,16 +242,16 @@ class Handling:
         service.started(relay)
         return Attempt(member, call, relay, pool)
 
-    def _settle(self, attempt: Attempt) -> None:
+    def _settle(self, attempt: Attempt, now_s: float) -> None:
         """An endpoint has been asked, however that ended."""
         service, relay = self._service, attempt.relay
         service.finished(relay)
         attempt.pool.finished(
             attempt.member,
             relay.error,
-            service.loop.time(),
+            now_s,
             self,
-            is_complete=relay.is_complete,
+            is_complete=relay.is_complete(),
         )
         relay.forget()
         if (usage := attempt.call.reader.usage) is not None:
@@ -311,7 +308,7 @@ class Handling:
             endpoint = structs.replace(
                 endpoint, access_token=asked.credential, headers={}
             )
-        native = None
+        native: Native | None = None
         if asked.is_native:
             native = course.natives.get(id(endpoint)) or self._native(
                 asked.completion, course, endpoint
@@ -319,26 +316,24 @@ class Handling:
         if native is None or asked.chosen is None:
             return course.provider.call(asked.completion, course.model, endpoint)
         asked.completion.dropped = []
-        return pass_on(
-            native,
+        return native.pass_on(
             self._incoming.dialect,
             asked.chosen,
             course.model,
             asked.body,
-            profile=course.profile,
+            fixes=course.fixes,
             adjust=course.settings.adjust,
         )
 
     def _parse(self, body: bytes) -> "Asking":
         """Say what is asked for, of which model, and of which endpoint."""
-        incoming, head = self._incoming, self._head
-        is_passable = incoming.dialect in ADJUSTED
-        chosen = choose(body) if is_passable else None
-        if chosen is not None:
-            sketch = cast(NativeDialect, incoming).sketch
+        incoming, passing, head = self._incoming, self._passing, self._head
+        chosen = choose(body) if passing is not None else None
+        if passing is not None and chosen is not None:
             # Where the upstream speaks the client's dialect, it says itself what is
             # wrong with the rest, and understands what cannot be translated.
-            asked = self._choose(*sketch(head, chosen), body, chosen)
+            completion, writer = passing.sketch(head, chosen)
+            asked = self._choose(completion, writer, body, chosen)
             if asked.is_native:
                 return asked
         try:
@@ -348,7 +343,7 @@ class Handling:
                 raise
             completion, writer = incoming.parse(head, mended)
             body = mended
-        if is_passable:
+        if passing is not None:
             chosen = choose(body)
         return self._choose(completion, writer, body, chosen)
 
@@ -378,9 +373,9 @@ class Handling:
                 courses.clear()
             courses[wish] = course
         outcome.model = course.ref
-        outcome.provider = course.settings.id
+        outcome.provider = course.provider_id
         given = ""
-        if self._refusal is not None or course.settings.client_credentials:
+        if self._refusal is not None or course.terms.clients_credential:
             given = self._admit(course.settings)
         return Asking(
             completion,
@@ -410,6 +405,7 @@ class Handling:
             event_bytes=service.settings.limits.event_bytes,
             verbose=settings.verbose_logs,
             timeouts=timeouts,
+            connect_s=timeouts.connect_s,
             keep_alive=service.settings.keep_alive,
             reply_headers=routes.reply_headers(path, model),
             clients_credential=settings.client_credentials,
@@ -419,14 +415,15 @@ class Handling:
             model,
             model.ref,
             settings,
+            settings.id,
             provider,
             service.pools[settings.id],
             service.knobs[model.ref] if incoming.dialect == "cody" else None,
             terms,
             timeouts.chat_s if feature == "chat" else timeouts.code_s,
-            settings.server_profile,
+            REQUEST_FIXES[settings.server_profile],
         )
-        if incoming.dialect in ADJUSTED:
+        if self._passing is not None:
             native = self._native(completion, course, settings.endpoints[0])
             course.is_native = native is not None
         return course

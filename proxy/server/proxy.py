@@ -10,12 +10,13 @@ from yarl import URL
 
 from proxy import __version__, heads, routes
 from proxy.dialects.base import Head, Reply
+from proxy.outcome import Outcome, new_id
 from proxy.response import Response
 from proxy.server.handling import Client
 from proxy.server.page import PageRequest
 from proxy.server.request import AnyResponse, Request, response_to
 from proxy.server.service import Service
-from proxy.server.target import Known, Target, limit_of
+from proxy.server.target import Known, Target, limit_of, passing
 from proxy.server.visit import Visit
 
 _NO_PATH = Reply(400, "text/plain; charset=utf-8", b"the request names no path\n")
@@ -67,7 +68,19 @@ class Proxy(Service):
         """Answer a request that is whole, and the rest of which is known."""
         if self.is_stopping:  # it has to be said that the connection closes
             return None
-        visit = Visit(self, client, known)
+        id, target = new_id(), known.target
+        response = Response(client, id)
+        response.more = known.more
+        outcome = Outcome(
+            id=id,
+            route=target.path,
+            api_version=target.api_version,
+            client=target.client,
+            user=known.user,
+        )
+        visit = Visit(
+            self, client, target, known.head, known.limit_s, response, outcome
+        )
         return visit if visit.begin(body) else None
 
     async def handle(self, request: web.BaseRequest) -> AnyResponse:
@@ -103,7 +116,12 @@ class Proxy(Service):
                 outcome.kind = "client_gone"
             return Response(client, keep_alive=False)  # reaches nobody
         finally:
-            self.ended(outcome, handling.started_s, is_logged=handling.is_logged)
+            self.ended(
+                outcome,
+                handling.started_s,
+                self.loop.time(),
+                is_logged=handling.is_logged,
+            )
 
     def _target(self, raw_path: str, url: URL) -> Target:
         """Say what a request's first line asks for; clients ask for few things."""
@@ -115,9 +133,11 @@ class Proxy(Service):
             reply = _NO_PATH
         elif path in ("/healthz", "/-/healthz", "/-/__version"):
             reply = _HEALTHY
+        incoming = self.incoming.get(path) or routes.errors_at(path)
         target = Target(
             path,
-            self.incoming.get(path) or routes.errors_at(path),
+            incoming,
+            passing(incoming),
             path in self.incoming,
             query,
             query.get("api-version", "")[:8],

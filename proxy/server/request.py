@@ -13,7 +13,7 @@ from proxy.outcome import Outcome, new_id
 from proxy.response import Response
 from proxy.server.handling import Client, Handling
 from proxy.server.service import Service
-from proxy.server.target import Target, limit_of
+from proxy.server.target import Target, limit_of, passing
 
 # aiohttp's, or one of ours.
 AnyResponse: TypeAlias = Response | web.StreamResponse
@@ -64,6 +64,7 @@ class Request(Handling):
         body = await self._read_body()
         if self._path == routes.INVOCATIONS:
             self._incoming = routes.narrow(self._incoming, body)
+            self._passing = passing(self._incoming)
             self._say_error = self._incoming.error_reply
         asked = self._parse(body)
         self._say_error = asked.writer.error_reply

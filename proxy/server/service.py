@@ -14,6 +14,7 @@ from proxy.auth import NOT_GIVEN, Access, credential
 from proxy.completion import Feature
 from proxy.config import Settings
 from proxy.cors import Origins, is_foreign
+from proxy.dialects.adjust import Fix
 from proxy.dialects.base import Head, Incoming, Reply
 from proxy.errors import ForeignOrigin, Unauthorized
 from proxy.instance import Instance
@@ -46,12 +47,13 @@ class Course(msgspec.Struct):
     model: Model
     ref: str
     settings: ProviderSettings
+    provider_id: str
     provider: Provider
     pool: Pool
     knobs: Knobs | None
     terms: Terms
     timeout_s: float
-    profile: str
+    fixes: tuple[Fix, ...]
     is_native: bool = False
     natives: dict[int, Native | None] = {}
     prepared: dict[int, Prepared] = {}
@@ -71,6 +73,7 @@ class Service:
         # Asked for once: CPython 3.11 makes a system call for each answer.
         self.loop = asyncio.get_running_loop()
         self.settings = settings
+        self.body_bytes = settings.limits.body_bytes
         self.upstream = upstream
         self.log = log
         self.redact = redact
@@ -117,9 +120,9 @@ class Service:
         if self.admission is not None and old.admission is not None:
             self.admission = old.admission
             self.admission.configure(self.settings)
-        self.metrics = old.metrics
-        self.metrics.name(routes.dialects(self.incoming))
-        self._tell(self.metrics)
+        self.metrics = metrics = old.metrics
+        metrics.name(routes.dialects(self.incoming))
+        self._tell(metrics)
         for id, pool in old.pools.items():
             # What is known of its endpoints, and what is asked of them just now.
             if old.models.providers[id] == self.models.providers.get(id):
@@ -142,11 +145,13 @@ class Service:
         return sum(isinstance(each, Relay) for each in self.relays)
 
     def metrics_page(self, accept: str) -> Reply:
-        body, content_type = self.metrics.page(accept, self._other_counts())
+        metrics = self.metrics
+        body, content_type = metrics.page(accept, self._other_counts())
         return Reply(200, content_type, body)
 
     def _usage_page(self, user: str) -> Reply:
-        return self.metrics.usage.reply(user, self.metrics.used(self._other_counts()))
+        metrics = self.metrics
+        return metrics.usage.reply(user, metrics.used(self._other_counts()))
 
     def _other_counts(self) -> list[bytes]:
         """What the other workers have counted."""
@@ -186,12 +191,14 @@ class Service:
         finally:
             self.finished(work)
 
-    def ended(self, outcome: Outcome, started_s: float, *, is_logged: bool) -> None:
-        """Write down how a request was answered that came at ``started_s``."""
-        outcome.duration_s = rounded(self.loop.time() - started_s)
+    def ended(
+        self, outcome: Outcome, started_s: float, ended_s: float, *, is_logged: bool
+    ) -> None:
+        """Write down how a request was answered. Args: both times: on the loop's clock."""
+        outcome.duration_s = rounded(ended_s - started_s)
         outcome.kind = outcome.kind or "ok"
-        now_s = time.time()
-        self.metrics.count(outcome, now_s)
+        now_s, metrics = time.time(), self.metrics
+        metrics.count(outcome, now_s)
         if is_logged or outcome.kind != "ok":
             self.log.outcome(outcome, now_s)
 

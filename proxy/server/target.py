@@ -1,17 +1,22 @@
 """What the head of a request comes to."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import msgspec
 
-from proxy.dialects.base import Head, Incoming, Reply
+from proxy.dialects.adjust import ADJUSTED
+from proxy.dialects.base import Head, Incoming, Native as NativeDialect, Reply
 
 
 class Target(msgspec.Struct, frozen=True):
-    """What the first line of a request comes to. ``reply`` needs no look at the rest."""
+    """What the first line of a request comes to. ``passing`` is ``incoming`` if it is of a
+    dialect whose bodies can pass; ``reply`` needs no look at the rest.
+    """
 
     path: str
     incoming: Incoming
+    passing: NativeDialect | None
     is_exchange: bool
     query: Mapping[str, str]
     api_version: str
@@ -29,6 +34,11 @@ class Known(msgspec.Struct, frozen=True):
     user: str
     more: bytes
     limit_s: float | None
+
+
+def passing(incoming: Incoming) -> NativeDialect | None:
+    """Return it if bodies of its dialect can pass."""
+    return cast(NativeDialect, incoming) if incoming.dialect in ADJUSTED else None
 
 
 def limit_of(head: Head) -> float | None:

@@ -2,11 +2,8 @@
 
 import asyncio
 
-from proxy.outcome import Outcome, new_id
-from proxy.response import Response
-from proxy.server.handling import Asking, Begun, Client, Handling
-from proxy.server.service import Service
-from proxy.server.target import Known
+from proxy.admission import Permit
+from proxy.server.handling import Asking, Attempt, Begun, Handling
 
 
 class Visit(Handling):
@@ -17,33 +14,18 @@ class Visit(Handling):
     _task: asyncio.Task[None] | None = None
     _is_resting = False  # the task has begun with the rest
     _asked: Asking
-    _begun: Begun
-
-    def __init__(self, service: Service, client: Client, known: Known) -> None:
-        id = new_id()
-        target = known.target
-        response = Response(client, id)
-        response.more = known.more
-        outcome = Outcome(
-            id=id,
-            route=target.path,
-            api_version=target.api_version,
-            client=target.client,
-            user=known.user,
-        )
-        limit_s = known.limit_s
-        super().__init__(
-            service, client, target, known.head, limit_s, response, outcome
-        )
+    _permit: Permit | None = None
+    _begun: Attempt | None = None
 
     def begin(self, body: bytes) -> bool:
         """Ask an upstream. False: nothing was done; whatever it is that is wrong, or has
         to be waited for, the usual way will come to it, too.
         """
-        door, permit = self._service.admission, None
+        service = self._service
+        door, permit = service.admission, None
+        if len(body) > service.body_bytes:
+            return False
         try:
-            if len(body) > self._service.settings.limits.body_bytes:
-                return False
             asked = self._parse(body)
             if door is not None:
                 user = self.outcome.user
@@ -51,21 +33,23 @@ class Visit(Handling):
                     user,
                     "" if user else self._client.remote,
                     asked.completion.feature,
-                    asked.course.settings.id,
+                    asked.course.provider_id,
                 )
                 if permit is None:
                     return False
         except Exception:
             return False
         self._asked = asked
-        self._begun = begun = Begun(permit)
+        self._permit = permit
         try:
-            self._turn_knobs(asked)
-            begun.attempt = attempt = self._attempt(asked, ())
+            if asked.course.knobs is not None:
+                self._turn_knobs(asked)
+            attempt = self._attempt(asked, self.started_s)
         except Exception:  # it will come again, and be said
             self._go_on()
             return True
         assert attempt is not None  # nobody was tried yet
+        self._begun = attempt
         attempt.relay.begin(self._finish, self._go_on)
         return True
 
@@ -75,28 +59,29 @@ class Visit(Handling):
         if self._is_resting:
             return
         # What was cancelled before its first step does not even end.
-        if (attempt := self._begun.attempt) is not None:
-            attempt.relay.abandon()
+        if self._begun is not None:
+            self._begun.relay.abandon()
         self.outcome.kind = "client_gone"
         self._finish()
 
     def _finish(self) -> None:
         """All was said without a task, or nobody is there to hear it."""
-        begun, door = self._begun, self._service.admission
+        service, door, permit = self._service, self._service.admission, self._permit
+        now_s = service.loop.time()
         try:
-            if begun.attempt is not None:
-                self._settle(begun.attempt)
-            if door is not None and begun.permit is not None:
-                self._leave(door, begun.permit)
+            if self._begun is not None:
+                self._settle(self._begun, now_s)
+            if door is not None and permit is not None:
+                self._leave(door, permit)
         finally:
-            self._end()
+            self._end(now_s)
 
-    def _end(self) -> None:
+    def _end(self, now_s: float) -> None:
         self.outcome.status = self.response.status
         try:
-            self._service.ended(self.outcome, self.started_s, is_logged=True)
+            self._service.ended(self.outcome, self.started_s, now_s, is_logged=True)
         finally:  # else the connection would wait for ever
-            self._client.visited(keep_alive=self.response.keep_alive)
+            self._client.visited(now_s, keep_alive=self.response.keep_alive)
 
     def _go_on(self) -> None:
         """Let a task do the rest."""
@@ -106,7 +91,8 @@ class Visit(Handling):
         self._is_resting = True
         self._say_error = self._asked.writer.error_reply
         try:
-            await self._carry_out(self._complete(self._asked, self._begun))
+            begun = Begun(self._permit, self._begun)
+            await self._carry_out(self._complete(self._asked, begun))
         except asyncio.CancelledError:
             self.outcome.kind = "client_gone"
             raise
@@ -115,4 +101,4 @@ class Visit(Handling):
                 self.outcome.kind = "client_gone"
             self.response.keep_alive = False
         finally:
-            self._end()
+            self._end(self._service.loop.time())

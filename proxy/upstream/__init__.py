@@ -7,6 +7,7 @@
 from proxy.upstream.client import (
     Prepared as Prepared,
     Upstream as Upstream,
+    UpstreamCall as UpstreamCall,
     UpstreamReply as UpstreamReply,
     prepare as prepare,
 )

@@ -13,7 +13,7 @@ from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import lru_cache, partial
 from types import TracebackType
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import aiohappyeyeballs
 import msgspec
@@ -49,7 +49,7 @@ MAX_GET_BYTES = 4 * 1024 * 1024
 _TRUNCATED = "upstream connection broke before the end of the reply"
 
 
-class _Target(NamedTuple):
+class _Target(msgspec.Struct, frozen=True):
     """What a URL says about a connection and a request on it."""
 
     scheme: str
@@ -89,14 +89,18 @@ class UpstreamReply:
     def __init__(self, connection: Connection, *, unpack: bool) -> None:
         self._connection = connection
         self.status = connection.status
-        self._unpacker = None
-        # Returns what has arrived, b"" if that is nothing. Raises: UpstreamGarbled: it
-        # cannot be unpacked.
-        self.take: Callable[[], bytes] = connection.take
+        self._unpacker: _Unpacker | None = None
         if unpack and "content-encoding" in connection.headers:
             self._unpacker = _unpacker(self.header("content-encoding").lower())
-            if self._unpacker is not None:
-                self.take = partial(_unpack, connection, self._unpacker)
+
+    def take(self) -> bytes:
+        """Return what has arrived, b"" if that is nothing.
+
+        Raises: UpstreamGarbled: it cannot be unpacked.
+        """
+        if self._unpacker is None:
+            return self._connection.take()
+        return _unpack(self._connection, self._unpacker)
 
     def header(self, name: str) -> str:
         """Return the first header of that name (lower case), "" if there is none."""
@@ -110,11 +114,6 @@ class UpstreamReply:
             (name.decode("latin-1"), value.decode("latin-1"))
             for name, value in self._connection.pairs
         ]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the headers, in lower case."""
-        return tuple(self._connection.headers)
 
     def named(self, are_wanted: Callable[[str], bool]) -> dict[str, str]:
         """Return the headers whose names (lower case) are wanted."""
@@ -131,7 +130,7 @@ class UpstreamReply:
                 UpstreamGarbled: it is not what its headers say.
         """
         while not (data := self.take()):
-            if self.is_complete:
+            if self.is_complete():
                 return b""
             if (failure := self.failure) is not None:
                 raise failure
@@ -152,20 +151,16 @@ class UpstreamReply:
         """Something can be taken at once."""
         return self._unpacker is not None and self._unpacker.has_more
 
-    @property
     def is_going_on(self) -> bool:
         """All that is here was taken, and no end is in sight: the usual case."""
         return self._unpacker is None and self._connection.is_ending
 
-    @property
     def is_complete(self) -> bool:
         """All has been taken, and it is whole."""
-        unpacker = self._unpacker
+        unpacker, is_over = self._unpacker, self._connection.is_complete()
         if unpacker is None:
-            return self._connection.is_complete
-        return (
-            self._connection.is_complete and unpacker.is_whole and not unpacker.has_more
-        )
+            return is_over
+        return is_over and unpacker.is_whole and not unpacker.has_more
 
     @property
     def failure(self) -> UpstreamFault | None:
@@ -177,7 +172,8 @@ class UpstreamReply:
         if unpacker is None or unpacker.is_whole or unpacker.has_more:
             return None
         # The end of the reply may be there, but not of what was packed in it.
-        return UpstreamTruncated(_TRUNCATED) if self._connection.is_complete else None
+        is_over = self._connection.is_complete()
+        return UpstreamTruncated(_TRUNCATED) if is_over else None
 
     def pause(self) -> None:
         """Let the upstream wait."""
@@ -324,10 +320,10 @@ class Upstream:
         body: Body,
         endpoint: str,
         *,
-        method: str = "POST",
-        unpack: bool = True,
         connect_s: float = CONNECT_S,
         prepared: "Prepared | None" = None,
+        method: str = "POST",
+        unpack: bool = True,
     ) -> "UpstreamCall":
         """Send a request, in an ``async with``; it gives the reply once its head is in.
 
@@ -335,8 +331,8 @@ class Upstream:
 
         Args:   endpoint: what error messages call it; a URL may hold secrets.
                 connect_s: how long a new connection may take.
-                unpack: undo a content encoding of the reply.
                 prepared: what ``prepare`` made of the URL and the headers.
+                unpack: undo a content encoding of the reply.
         Raises: UpstreamUnreachable: no connection, or none that lasted so far.
         """
         target = prepared.target if prepared is not None else _target(url)
@@ -369,7 +365,7 @@ class Upstream:
         connections = self._idle.get(target.key)
         now_s = self._loop.time()
         while connections:
-            connection = connections.pop()
+            connection: Connection = connections.pop()
             if connection.is_open and now_s < connection.idle_until_s:
                 return connection
             connection.abort()
@@ -377,7 +373,7 @@ class Upstream:
 
     def give_back(self, target: _Target, connection: Connection) -> None:
         """Keep a connection for the next call, if another may follow on it."""
-        if self._is_closed or not connection.is_reusable:
+        if self._is_closed or not connection.is_reusable():
             connection.abort()
             return
         connection.release()
@@ -602,13 +598,14 @@ class UpstreamCall:
     def _send(self, connection: Connection) -> None:
         body = self._body
         if self._first_lines and isinstance(body, bytes):
-            length = b"Content-Length: %d\r\n\r\n" % len(body)
-            connection.send(self._first_lines + length, body)
+            connection.send(
+                b"%bContent-Length: %d\r\n\r\n%b" % (self._first_lines, len(body), body)
+            )
             return
         head = self._head()
         bodiless = self._method == "HEAD"
         if isinstance(body, bytes | None):
-            connection.send(head, body or b"", bodiless=bodiless)
+            connection.send(head + (body or b""), bodiless=bodiless)
             return
         given = self._headers.get("Content-Length")
         connection.send_stream(
@@ -643,7 +640,7 @@ class Prepared(msgspec.Struct, frozen=True):
     head: bytes
 
     def is_of(self, url: str, headers: Mapping[str, str]) -> bool:
-        return url == self.url and headers == self.headers
+        return url == self.url and (headers is self.headers or headers == self.headers)
 
 
 def prepare(url: str, headers: Mapping[str, str]) -> Prepared:

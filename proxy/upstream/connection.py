@@ -133,11 +133,11 @@ class Connection(asyncio.Protocol):
 
     # ------------------------------------------------------------------------ requests
 
-    def send(self, head: bytes, body: bytes, *, bodiless: bool = False) -> None:
+    def send(self, request: bytes, *, bodiless: bool = False) -> None:
         """Send a request whose body is there already."""
         self._begin(bodiless)
         assert self._transport is not None
-        self._outbox.write(self._transport, head + body if body else head)
+        self._outbox.write(self._transport, request)
 
     def send_stream(
         self,
@@ -221,7 +221,6 @@ class Connection(asyncio.Protocol):
             self.resume()
         return data
 
-    @property
     def is_complete(self) -> bool:
         """Nothing follows what has been taken."""
         return self._is_ended and not self._chunks
@@ -241,7 +240,6 @@ class Connection(asyncio.Protocol):
             if not transport.is_closing():
                 transport.resume_reading()
 
-    @property
     def is_reusable(self) -> bool:
         return (
             self._is_ended

@@ -16,13 +16,13 @@ import yaml
 from proxy import config
 from proxy.dialects.cody import CumulativeWriter, DeltaWriter
 from proxy.dialects.openai import OpenAIReader
-from proxy.exchange import Exchange
 from proxy.listener import Listener
 from proxy.log import ExchangeLog
 from proxy.redact import Redactor
 from proxy.server import Proxy
 from proxy.sse import Parser
 from proxy.stops import Cutter
+from proxy.translation import Translation
 from proxy.upstream import Upstream
 from tests.support.client import request
 from tests.support.fixtures import QUESTION, model_configuration
@@ -63,7 +63,7 @@ def _parse(reads: list[bytes]) -> None:
 
 def _translate(reads: list[bytes], version: int, cutter: bool) -> None:
     writer_type = DeltaWriter if version >= 2 else CumulativeWriter
-    exchange = Exchange(
+    exchange = Translation(
         OpenAIReader(),
         writer_type(version, True),
         stream=True,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 
 from proxy import config
 from proxy.completion import CompletionRequest
-from proxy.dialects.adjust import ADJUSTED, mend
+from proxy.dialects.adjust import ADJUSTED, REQUEST_FIXES, mend
 from proxy.dialects.base import (
     Chosen,
     Head,
@@ -28,11 +28,11 @@ from proxy.errors import (
     UpstreamFault,
     UpstreamStatus,
 )
-from proxy.exchange import Exchange
 from proxy.providers import PROVIDERS
-from proxy.providers.base import Asked, Call, pass_on
+from proxy.providers.base import Asked, Call
 from proxy.routes import INVOCATIONS, incoming, narrow
 from proxy.sse import Event, Parser, frame
+from proxy.translation import Translation
 from tests.support import recording
 
 DATA = Path(__file__).parent.parent / "data"
@@ -190,13 +190,12 @@ def _say(
         native = speaker.native(asked, completion, model, endpoint)
         if native is None:
             return  # what was chosen is not enough for a translation
-        call = pass_on(
-            native,
+        call = native.pass_on(
             asked.dialect,
             chosen,
             model,
             body,
-            profile=settings.server_profile,
+            fixes=REQUEST_FIXES[settings.server_profile],
             adjust=True,
         )
     _check_call(call, is_ours=chosen is None)
@@ -542,7 +541,7 @@ def _told(reads: Iterable[bytes], provider: str, stream: bool, kind: str) -> byt
     completion, writer = PATHS[path].parse(head, body.encode())
     model, speaker, settings = AT_PROVIDERS[provider]
     call = speaker.call(completion, model, settings.endpoints[0])
-    exchange = Exchange(
+    exchange = Translation(
         call.reader,
         writer,
         stream=stream,

@@ -19,8 +19,8 @@ from proxy.errors import (
     UpstreamReported,
     UpstreamTruncated,
 )
-from proxy.exchange import Exchange
 from proxy.stops import Cutter
+from proxy.translation import Translation
 from tests.support import recording, upstream as scripted
 from tests.support.cody import frames_of
 from tests.support.upstream import anthropic_events, data
@@ -31,7 +31,7 @@ DONE = b"event: done\ndata: {}\n\n"
 
 def exchange(version=2, *, reader=None, stream=True, kind=SSE, limit=10**6, **more):
     writer_type = cody.DeltaWriter if version > 1 else cody.CumulativeWriter
-    return Exchange(
+    return Translation(
         reader or OpenAIReader(),
         writer_type(version, stream),
         stream=stream,
@@ -41,7 +41,7 @@ def exchange(version=2, *, reader=None, stream=True, kind=SSE, limit=10**6, **mo
     )
 
 
-def run(subject: Exchange, reads: list[bytes]) -> bytes:
+def run(subject: Translation, reads: list[bytes]) -> bytes:
     out = b"".join(map(subject.receive_data, reads))
     return out + subject.receive_eof()
 
@@ -182,7 +182,7 @@ def test_nothing_is_said_after_the_end():
 def test_failure_after_the_finish_reason_is_an_end():
     subject = exchange()
     subject.receive_data(b"".join(openai_chunks(["a"])[:-1]))
-    assert subject.is_finishing
+    assert subject.is_finishing()
     assert subject.receive_failure(UpstreamTruncated("cut")) == DONE
     assert subject.error is None
 
@@ -222,7 +222,7 @@ def test_cut_at_a_stop_sequence_ends_the_answer_at_once():
         {"deltaText": "one"},
         {"stopReason": "stop_sequence"},
     ]
-    assert subject.is_finishing and not subject.is_ended
+    assert subject.is_finishing() and not subject.is_ended
 
 
 def test_cut_then_the_upstream_s_own_end_keeps_its_usage():
