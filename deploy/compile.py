@@ -67,7 +67,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     ),
     "proxy.upstream.connection": ("Connection",),
 }
-# Where functions of Cython's own are that others call: each had them all, 13 KB of code.
+# Where functions of Cython's own are that others call, instead of in each: 0.35 MB less
+# code, of which an idle process has 0.25 in its memory. No instruction is saved.
 SHARED = "proxy._shared"
 STRUCTS = {name: module for module, names in MODULES.items() for name in names}
 
@@ -77,7 +78,7 @@ DIRECTIVES = {
     "annotation_typing": "False",
     # An attribute of None is an error, as in Python, not a crash.
     "nonecheck": "True",
-    # Nothing pickles or copies what is a C struct: 4 % of the code. To try is an error.
+    # Nothing pickles or copies what is a C struct, 4 % of relay's code. To try is an error.
     "auto_pickle": "False",
 }
 # They come after Python's own -O3 -g or, with setuptools of today, instead of them: then
@@ -88,8 +89,8 @@ CFLAGS = (
     "-O2",
     "-g0",
     "-w",
-    # Whatever only an error comes to is made small, and out of the way of what is run: an
-    # eighth less code, 0.5 % fewer instructions, 2 % fewer misses of the first cache.
+    # Whatever only an error comes to is made small: a ninth less code, and 1 to 3 % fewer
+    # misses of the first cache. As many instructions, and as much memory when idle.
     "--param builtin-expect-probability=100",
     # Nothing unwinds but debuggers, 0.4 MB of tables. (Threads that end do without, too.)
     "-fno-asynchronous-unwind-tables",
