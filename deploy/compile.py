@@ -304,7 +304,7 @@ def told_of(function: ast.FunctionDef, *, is_method: bool) -> Iterator[str]:
         )
     ]
     if names := [
-        f"{name}={cname(kind)}" for name, kind in _variables(function).items() if kind
+        f"{name}={cname(kind)}" for name, kind in _variables(function).items()
     ]:
         yield f"@cython.locals({', '.join(names)})"
     shown = ["self"] if is_method else []
@@ -317,10 +317,11 @@ def told_of(function: ast.FunctionDef, *, is_method: bool) -> Iterator[str]:
 
 def _variables(function: ast.FunctionDef) -> dict[str, str]:
     """The variables whose annotations say that they are structs."""
-    found = {}
+    found: dict[str, str] = {}
     for node in ast.walk(function):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            found[node.target.id] = type_of(node.annotation)
+            kind = type_of(node.annotation)
+            found |= {node.target.id: kind} if kind else {}
     return found
 
 
@@ -560,8 +561,6 @@ def build(modules: Iterable[str], shared: str = "") -> None:
     paths = [module.replace(".", "/") + ".py" for module in modules]
     if shared:
         paths.insert(0, shared.replace(".", "/") + ".c")
-        command = (sys.executable, "-m", "cython", "--module-name", shared)
-        subprocess.run([*command, f"--generate-shared={paths[0]}"], check=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compiling = {pool.submit(_compile, path, shared): path for path in paths}
         for number, done in enumerate(as_completed(compiling), 1):
@@ -577,12 +576,15 @@ def build(modules: Iterable[str], shared: str = "") -> None:
 def _compile(path: str, shared: str) -> str:
     """Return what is wrong, "" if nothing is."""
     made = Path(path).with_suffix(".c")
-    options = [f"-X{name}={value}" for name, value in DIRECTIVES.items()]
-    if shared:
-        options.append(f"--shared={shared}")
-    steps = [["Cython.Build.Cythonize", "--inplace", "-j", "1", str(made)]]
-    if path != str(made):
-        steps.insert(0, ["cython", *options, path])
+    if path == str(made):
+        translate = ["--module-name", shared, f"--generate-shared={made}"]
+    else:
+        options = [f"-X{name}={value}" for name, value in DIRECTIVES.items()]
+        translate = [*options, *([f"--shared={shared}"] if shared else []), path]
+    steps = (
+        ("cython", *translate),
+        ("Cython.Build.Cythonize", "--inplace", "-j", "1", str(made)),
+    )
     flags = " ".join((os.environ.get("CFLAGS", ""), *CFLAGS))
     said = ""
     for step in steps:

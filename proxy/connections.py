@@ -256,8 +256,11 @@ class Connection(web.RequestHandler):
         waiter = self._waiter
         if waiter is None or waiter.done() or self._head_bytes or not CAN_VISIT:
             self._parse(data)
-            return
-        # Between two requests, and this is the next one.
+        else:
+            self._receive(data)
+
+    def _receive(self, data: bytes) -> None:
+        """Look at what has come between two requests: it begins the next one."""
         again = self._again
         if again is not None and (whole := again.body_of(data)) is not None:
             visitor = self._server.visitor
@@ -269,7 +272,7 @@ class Connection(web.RequestHandler):
         else:
             head, body, length = parts
             if len(body) == length:
-                self._receive(data, head, body)
+                self._receive_whole(data, head, body)
             elif (
                 len(body) < length
                 and (wanted := len(data) - len(body) + length) <= MOST_HELD_BYTES
@@ -285,7 +288,7 @@ class Connection(web.RequestHandler):
             else:
                 self._parse(data)
 
-    def _receive(self, data: bytes, head: heads.Head, body: bytes) -> None:
+    def _receive_whole(self, data: bytes, head: heads.Head, body: bytes) -> None:
         """Have a whole request answered, by a visit if that can be."""
         visitor = self._server.visitor
         known = visitor.known.get(head) if self._is_between else None

@@ -8,6 +8,8 @@ the reply is complete and the upstream may be closed. ``is_finishing`` means tha
 usage may follow, so a short wait is enough.
 """
 
+from collections.abc import Callable
+
 from proxy.errors import ProxyError
 
 
@@ -45,3 +47,9 @@ class Exchange:
         error.
         """
         raise NotImplementedError
+
+    def _end_by(self, error: ProxyError, redact: Callable[[str], str]) -> None:
+        """Keep what went wrong, without secrets; nothing is said after it."""
+        self.error = error
+        error.message = redact(error.message)
+        self.is_ended = True

@@ -78,12 +78,9 @@ class PassThrough(Exchange):
         if self._held:
             data, self._held = self._held + data, b""
         said: list[bytes] = []
-        at = end = 0
-        if self._is_running and (end := self._run(data, 0)) == len(data):
-            return data  # nearly all reads of most streams
+        at = 0
         while at < len(data) and not self.is_ended:
-            if at and self._is_running:
-                end = self._run(data, at)
+            end = self._run(data, at) if self._is_running else 0
             if end:
                 said.append(data[at:end])
             elif self._is_running and self._can_wait(data, at):
@@ -92,7 +89,7 @@ class PassThrough(Exchange):
             else:
                 end = self._next(data, at)
                 said.append(self._receive(data[at:end], self._fixer))
-            at, end = end, 0
+            at = end
         return said[0] if len(said) == 1 else b"".join(said)
 
     def _run(self, data: bytes, start: int) -> int:
@@ -264,9 +261,7 @@ class PassThrough(Exchange):
         return b"".join(frame(e.type, text) for e, text in fixed if text is not None)
 
     def _fail(self, error: ProxyError) -> bytes:
-        self.error = error
-        error.message = self._redact(error.message)
-        self.is_ended = True
+        self._end_by(error, self._redact)
         if not self.is_started:
             raise error
         return self._writer.error(error) if self._fixer is not None else b""
@@ -326,7 +321,5 @@ class PassedBody(Exchange):
         return body if fixed is None or fixed is text else fixed.encode()
 
     def receive_failure(self, error: ProxyError) -> bytes:
-        self.is_ended = True
-        self.error = error
-        error.message = self._redact(error.message)
+        self._end_by(error, self._redact)
         raise error

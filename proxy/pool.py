@@ -100,11 +100,11 @@ class Pool:
 
         Args: by: who asks; the same has to be said when it has ``finished``.
         """
-        member: Member | None = self.members[0]
-        if len(self.members) > 1:
+        member: Member | None
+        if len(self.members) == 1 and not tried:
+            member = self.members[0]
+        else:
             member = self._pick(now, tried)
-        elif tried and member in tried:
-            return None
         if member is None:
             return None
         if member.is_closed and _may_be_asked(member, now):

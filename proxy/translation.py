@@ -305,9 +305,7 @@ class Translation(Exchange):
         return self._writer.body(self._deltas + deltas)
 
     def _fail(self, error: ProxyError) -> bytes:
-        self.error = error
-        error.message = self._redact(error.message)
-        self.is_ended = True
+        self._end_by(error, self._redact)
         if not self.is_started:
             raise error
         return self._writer.frames(self._rest()) + self._writer.error(error)

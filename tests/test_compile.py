@@ -476,9 +476,10 @@ def test_what_was_compiled_does_the_same(
     needs_compilers()
     told(box=BOX, crate=CRATE)
     monkeypatch.chdir(tmp_path)
-    tool.build(["made.box", "made.crate"])
+    tool.build(["made.box", "made.crate"], "made.shared")
     said = capsys.readouterr().out.split()
-    assert (said[0], said[2]) == ("[1/2]", "[2/2]")
+    assert said[::2] == ["[1/3]", "[2/3]", "[3/3]"]
+    assert sorted(said[1::2]) == ["made/box.py", "made/crate.py", "made/shared.c"]
     left = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {".py", ".so"}
     assert not (tmp_path / "build").exists()
@@ -500,6 +501,9 @@ def test_what_a_compiler_does_not_take_is_said(
         tool.build(["wrong"])
     assert str(refused.value).startswith("wrong.py cannot be compiled:\n")
     assert "wrong.py:2:" in str(refused.value)
+    with pytest.raises(tool.Unfit) as refused:
+        tool.build([], "nowhere.shared")  # there is no such directory
+    assert str(refused.value).startswith("nowhere/shared.c cannot be compiled:\n")
 
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

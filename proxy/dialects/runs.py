@@ -57,7 +57,7 @@ class Runs:
 
     def __init__(self) -> None:
         self.is_learning = True
-        # The last run was one text, of nothing but characters that need no escaping.
+        # The last run was one text, which is not empty and needs no escaping.
         self.is_plain = False
         self._lessons = 0
         self._before = b""
@@ -111,10 +111,13 @@ class Runs:
             self.is_learning = self._lessons < _MOST_LESSONS
             return 0, []
         # One event, as long as nobody is late.
-        if end >= head and data[end:] == after and _is_plain(text := data[head:end]):
-            self._lessons = 0
-            self.is_plain = bool(text)
-            return len(data), [text]
+        if end >= head and data[end:] == after:
+            text = data[head:end]
+            is_plain = not text.translate(None, _LITERAL)
+            if is_plain or _are_strings([text]):
+                self._lessons = 0
+                self.is_plain = is_plain and bool(text)
+                return len(data), [text]
         end = data.rfind(after, head)
         if end < 0:
             self.is_learning = self._lessons < _MOST_LESSONS
@@ -190,14 +193,6 @@ def are_literal(texts: list[bytes]) -> bool:
         return True
     is_escaped = not odd.strip(b'"\\')
     return is_escaped and _SHORT_ESCAPES(b"\n".join(texts)) is not None
-
-
-def _is_plain(text: bytes) -> bool:
-    """Whether a text is nothing but characters that stand for themselves."""
-    if not text.isascii():
-        return False
-    shown = text.decode("ascii")
-    return shown.isprintable() and '"' not in shown and "\\" not in shown
 
 
 def _are_strings(texts: list[bytes]) -> bool:

@@ -72,7 +72,7 @@ class Request(Handling):
 
     async def _read_body(self) -> bytes:
         request = self._request
-        limit = self._service.settings.limits.body_bytes
+        limit = self._service.body_bytes
         if (request.content_length or 0) > limit:
             raise too_large(limit)
         self._continue()

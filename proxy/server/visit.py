@@ -42,8 +42,7 @@ class Visit(Handling):
         self._asked = asked
         self._permit = permit
         try:
-            if asked.course.knobs is not None:
-                self._turn_knobs(asked)
+            self._turn_knobs(asked)
             attempt = self._attempt(asked, self.started_s)
         except Exception:  # it will come again, and be said
             self._go_on()
