@@ -20,7 +20,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
-from proxy import config
+from proxy import config, lean  # noqa: F401 (before what imports aiohttp)
 from proxy.config import Settings
 from proxy.errors import ConfigError
 from proxy.listener import Listener

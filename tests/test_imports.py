@@ -1,10 +1,14 @@
 """The house's floors: a module imports only from floors below its own."""
 
 import ast
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from tests.support.certificates import Authority
 
 ROOT = Path(__file__).parent.parent / "proxy"
 
@@ -33,7 +37,7 @@ FLOORS = [
         *("upstream", "response", "relay", "forward", "server", "simulator", "probe"),
         "listener",
         *("sockets", "interrupt", "admission", "connections", "outbox"),
-        "body",
+        *("body", "lean"),
     },
     {"__main__", "serve", "workers"},
 ]
@@ -129,11 +133,12 @@ def test_only_the_edges_wait():
     assert wrong == []
 
 
-def run_apart(code: str) -> str:
+def run_apart(code: str, **environ: str) -> str:
     """Run ``code`` in a process that has imported nothing yet."""
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT.parent,
+        env=os.environ | environ,
         check=True,
         capture_output=True,
         text=True,
@@ -144,3 +149,29 @@ def test_what_few_configurations_need_is_not_imported_to_serve():
     found = run_apart("import sys, proxy.serve; print(*sys.modules)").split()
     assert "aiohttp" in found
     assert not {"limits", "prometheus_client", "redis"} & set(found)
+
+
+# How many authorities each context trusts that was made while what serves was imported,
+# and one that is made afterwards.
+COUNT_TRUSTED = """
+import gc, json, os, ssl, sys
+import proxy.serve, proxy.lean
+from proxy.tls import upstream_context
+
+made = [thing for thing in gc.get_objects() if isinstance(thing, ssl.SSLContext)]
+trusted = [len(context.get_ca_certs()) for context in [*made, upstream_context(None)]]
+variables = {name: os.environ.get(name) for name in proxy.lean.MEANWHILE}
+print(json.dumps([trusted, variables, "frozenlist._frozenlist" in sys.modules]))
+"""
+
+
+def test_what_only_the_client_of_aiohttp_needs_is_not_loaded(tmp_path):
+    authority = Authority(tmp_path)
+    environ = {"SSL_CERT_FILE": str(authority.ca), "SSL_CERT_DIR": ""}
+    trusted, variables, is_compiled = json.loads(run_apart(COUNT_TRUSTED, **environ))
+    # As they were for whoever asks later, which upstreams do.
+    assert variables == environ | {"FROZENLIST_NO_EXTENSIONS": None}
+    assert trusted[-1] == 1
+    assert trusted[:-1]
+    assert not any(trusted[:-1])
+    assert not is_compiled
