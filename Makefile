@@ -37,7 +37,7 @@ run: $(VENV)/.run $(if $(COMPILED),$(COPY)/.done) ## serve on 127.0.0.1:8080; TG
 
 compiled: $(COPY)/.done ## have Cython compile what every request runs through, into build/compiled
 
-$(COPY)/.done: deploy/compile.py $(VENV)/.compile $(shell find proxy -name '*.py')
+$(COPY)/.done: deploy/compile.py deploy/lookups.h $(VENV)/.compile $(shell find proxy -name '*.py')
 	@echo 'Compiling the proxy into $(COPY); this takes about a minute, on two cores.'
 	@$(BIN)/python $< $(COPY)
 	@touch $@

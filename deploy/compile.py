@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+LOOKUPS = Path(__file__).with_name("lookups.h").resolve()
 
 # Modules, and those of their classes whose objects become C structs. Such a class has no
 # bases but others of this list, or is one of msgspec's that is only made and looked at:
@@ -95,6 +96,15 @@ CFLAGS = (
     # Nothing unwinds but debuggers, 0.4 MB of tables. (Threads that end do without, too.)
     "-fno-asynchronous-unwind-tables",
 )
+# What Cython writes where the code reads an attribute or calls a method, always of the same
+# name at the same place, and what takes its place.
+_NAME = r"__pyx_mstate_global->__pyx_n_u_\w+"
+_LOOKUPS = {
+    re.compile(rf"= __Pyx_PyObject_GetAttrStr\((?=.+, {_NAME}\);)"): "= SEEN_GET(",
+    re.compile(
+        rf"= __Pyx_PyObject_FastCallMethod\((?=\(PyObject\*\){_NAME}, )"
+    ): "= SEEN_CALL(",
+}
 # What Cython compiles in another way inside: a function of those stays one of Python's.
 _NOT_FAST = (
     ast.AsyncFunctionDef,
@@ -585,7 +595,7 @@ def _compile(path: str, shared: str) -> str:
         ("cython", *translate),
         ("Cython.Build.Cythonize", "--inplace", "-j", "1", str(made)),
     )
-    flags = " ".join((os.environ.get("CFLAGS", ""), *CFLAGS))
+    flags = " ".join((os.environ.get("CFLAGS", ""), *CFLAGS, f"-include {LOOKUPS}"))
     said = ""
     for step in steps:
         done = subprocess.run(
@@ -598,8 +608,18 @@ def _compile(path: str, shared: str) -> str:
         if done.returncode:
             said = done.stdout
             break
+        if step[0] == "cython" and path != str(made):
+            _remember(made)
     made.unlink(missing_ok=True)
     return said
+
+
+def _remember(made: Path) -> None:
+    """Have a module's C look where a thing was the last time (``lookups.h``)."""
+    text = made.read_text()
+    for written, instead in _LOOKUPS.items():
+        text = written.sub(instead, text)
+    made.write_text(text)
 
 
 def main() -> None:

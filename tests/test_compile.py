@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -486,6 +487,200 @@ def test_what_was_compiled_does_the_same(
     # In a process of its own: a crash is to be no one else's.
     done = subprocess.run(
         [sys.executable, "-c", USE], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "good\n"), done.stderr
+
+
+# What is read and called there, always at the same place in the code.
+LOOKS = """
+def read(thing):
+    found = thing.x
+    return found
+
+def call(thing, given):
+    return thing.do(given)
+
+def real(thing):
+    found = thing.real
+    return found
+"""
+# Each of these would go wrong if what was remembered were trusted too long.
+LOOK = """
+import msgspec
+from made import looks
+from made.looks import call, read, real
+
+assert not looks.__file__.endswith(".py")
+
+class First:
+    __slots__ = ("x",)
+    def __init__(self, x): self.x = x
+    def do(self, given): return ("first", given)
+
+class Second:
+    __slots__ = ("y", "x", "do")
+    def __init__(self, x): self.y, self.x, self.do = "y", x, lambda given: (x, given)
+
+class Third(First):
+    __slots__ = ("y",)
+
+class Record(msgspec.Struct):
+    y: int
+    x: object
+
+class Loose(First):  # has a dictionary
+    pass
+
+class Hidden:
+    x = property(lambda self: "hidden")
+    do = staticmethod(lambda given: ("static", given))
+
+class Shared:
+    x = "shared"
+    @classmethod
+    def do(cls, given): return (cls.__name__, given)
+
+def refuses(function, *given):
+    try:
+        return function(*given) is None
+    except AttributeError as error:
+        return str(error)
+
+def learn(kind):
+    for number in range(3):
+        assert read(kind(number)) == number
+        assert call(kind(number), 2) == ("first", 2)
+
+# What is not there.
+learn(First)
+empty = First(1)
+del empty.x
+assert "'First' object has no attribute 'x'" in refuses(read, empty), refuses(read, empty)
+assert refuses(read, First.__new__(First))
+assert read(First(7)) == 7
+assert "'int' object has no attribute 'do'" in refuses(call, 1, 1)
+for nothing in (None, 1.5, read):
+    assert refuses(call, nothing, 1)
+# A dictionary of its own.
+learn(Loose)
+loose = Loose(1)
+loose.do = lambda given: ("own", given)
+assert call(loose, 3) == ("own", 3)
+# A class, and one of its bases, that change.
+learn(First)
+slot, First.x = First.x, property(lambda self: "new")
+assert read(empty) == "new"
+First.x = slot
+learn(First)
+First.__getattr__ = lambda self, name: "got " + name
+assert read(empty) == "got x"
+del First.__getattr__
+learn(First)
+First.__getattribute__ = lambda self, name: "all" if name == "x" else object.__getattribute__(self, name)
+assert read(First(1)) == "all"
+del First.__getattribute__
+learn(Third)
+old, First.do = First.do, lambda self, given: ("changed", given)
+assert call(Third(1), 4) == ("changed", 4)
+First.do = old
+learn(Third)
+First.x = property(lambda self: "new", lambda self, x: None)
+assert read(Third(1)) == "new"
+First.x = slot
+Third.do = lambda self, given: ("third", given)
+assert call(Third(1), 5) == ("third", 5)
+del Third.do
+learn(Third)
+# One that takes another's place.
+class Twin:
+    __slots__ = ("x",)
+    def do(self, given): return ("twin", given)
+moved = First(8)
+learn(First)
+moved.__class__ = Twin
+assert (read(moved), call(moved, 6)) == (8, ("twin", 6))
+# What is no slot for an object, or one of other objects.
+for number in range(3):
+    assert real(1.5 + number * 1j) == 1.5
+class Stolen:
+    __slots__ = ("y",)
+    x = First.x
+    def __init__(self): self.y = 1
+for number in range(3):
+    try:
+        read(Stolen())
+    except TypeError as error:
+        assert "doesn't apply to a 'Stolen' object" in str(error)
+    else:
+        raise AssertionError
+# A method that is gone before it has returned.
+class Fleeting:
+    __slots__ = ()
+    def do(self, given):
+        if given:
+            del Fleeting.do
+        return [given]
+for given in (0, 0, 0, 1):
+    assert call(Fleeting(), given) == [given]
+assert refuses(call, Fleeting(), 0)
+# Errors of what is called, and of a wrong call.
+class Wrong:
+    __slots__ = ()
+    def do(self): ...
+for number in range(3):
+    try:
+        call(Wrong(), 1)
+    except TypeError as error:
+        assert "positional argument" in str(error)
+    else:
+        raise AssertionError
+# All kinds, one for long and then the next, and in turn: in the end nothing is looked for.
+kinds = {
+    First: "a", Second: "b", Third: "c", Loose: "d",
+    lambda x: Record(1, x): "e", lambda x: Hidden(): "hidden", lambda x: Shared(): "shared",
+}
+for kind, value in kinds.items():  # one kind for long, then the next
+    for number in range(200):
+        assert read(kind(value)) == value
+for number in range(100):  # all of them in turn
+    for kind, value in kinds.items():
+        assert read(kind(value)) == value
+marks = {
+    First: "first", Second: "b", Third: "first", Loose: "first",
+    lambda x: Hidden(): "static", lambda x: Shared(): "Shared",
+}
+for rounds in (200, 1):
+    for repeated in range(1 if rounds > 1 else 100):
+        for kind, mark in marks.items():
+            for number in range(rounds):
+                assert call(kind("b"), number) == (mark, number)
+print("good")
+"""
+
+
+@pytest.mark.timeout(300)
+def test_what_was_looked_up_is_trusted_only_while_it_holds(
+    told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    needs_compilers()
+    told(looks=LOOKS)
+    monkeypatch.chdir(tmp_path)
+    remember, written = tool._remember, []
+
+    def remember_and_look(made: Path) -> None:
+        remember(made)
+        written.append(made.read_text())
+
+    monkeypatch.setattr(tool, "_remember", remember_and_look)
+    tool.build(["made.looks"])
+    (text,) = written
+    assert "= SEEN_GET(__pyx_v_thing, " in text
+    assert re.search(r"= SEEN_CALL\(.*__pyx_n_u_do, ", text)
+    # Cython's own functions, which are given names, are left alone.
+    assert re.search(r"= __Pyx_PyObject_GetAttrStr\(obj, (attr_)?name\)", text)
+    assert not re.search(r"SEEN_\w+\((?!.*__pyx_n_u_)", text)
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK], cwd=tmp_path, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (0, "good\n"), done.stderr
 
