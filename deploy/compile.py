@@ -33,7 +33,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "proxy.connections": (),
     "proxy.dialects.adjust": ("ReplyFixer",),
     "proxy.dialects.base": ("Reader",),
-    "proxy.dialects.cody": (),
+    "proxy.dialects.cody": ("Completions",),
     "proxy.dialects.openai": ("OpenAIReader",),
     "proxy.dialects.openai_incoming": (
         "ChatWriter",
@@ -52,7 +52,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "proxy.passthrough": ("PassThrough", "PassedBody"),
     "proxy.pool": ("Member", "Pool"),
     "proxy.providers.base": ("Call", "Native"),
-    "proxy.providers.openai": (),
+    "proxy.providers.openai": ("OpenAICompatibleProvider",),
     "proxy.relay": ("Relay", "Terms"),
     "proxy.response": ("Response",),
     "proxy.server.handling": ("Asking", "Attempt", "Begun", "Handling"),

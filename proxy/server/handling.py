@@ -367,7 +367,8 @@ class Handling:
         completion.user = outcome.user
         name, fast = (ref, False) if ref else (completion.model, completion.fast)
         wish = (self._path, feature, name, fast, stream)
-        if (course := courses.get(wish)) is None:
+        course: Course | None = courses.get(wish)
+        if course is None:
             course = self._find(wish, completion)
             if len(courses) >= _MAX_WISHES:  # where any name will do, there is no end
                 courses.clear()
