@@ -26,7 +26,7 @@ $(VENV)/.run: setup.cfg pyproject.toml $(CONSTRAINTS)
 
 $(VENV)/.dev: $(VENV)/.run
 	$(PIP) --editable '.[speed,test,dev,compile]'
-	@touch $@
+	@touch $(VENV)/.compile $@
 
 $(VENV)/.compile: $(VENV)/.run
 	$(PIP) --editable '.[speed,compile]'

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from msgspec.structs import replace
 
 from proxy import config
@@ -120,7 +119,8 @@ async def running(
 
 
 def load(file: Block) -> config.Settings:
-    text = yaml.safe_dump({"listen": "127.0.0.1:0", **file}, allow_unicode=True)
+    # As JSON, which is YAML: that takes a tenth of a test less to write.
+    text = json.dumps({"listen": "127.0.0.1:0", **file}, ensure_ascii=False)
     return config.load(text, environ={}, directory=Path())
 
 
