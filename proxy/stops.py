@@ -64,6 +64,12 @@ class Cutter:
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
+    def passes(self, text: str) -> bool:
+        """Whether all of the text belongs to the answer, and can be told without
+        ``feed``: nothing is held back that it would be part of.
+        """
+        return not (self.is_cut or self._held or self._may_begin(text))
+
     def _may_begin(self, text: str) -> bool:
         """Whether any of the text's characters is the first of what is looked for."""
         chars = self._first_chars

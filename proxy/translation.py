@@ -170,8 +170,8 @@ class Translation(Exchange):
         end, raw = runs.split(data, start)
         if not end:
             return 0, b""
-        is_short = self._stream and self._cutter is None
-        if is_short and (runs.is_plain or are_literal(raw)):
+        is_literal = self._stream and (runs.is_plain or are_literal(raw))
+        if is_literal and (self._cutter is None or _passes(self._cutter, raw)):
             out = self._writer.literals(raw)
             if out is not None:
                 self.is_answering = True
@@ -309,3 +309,9 @@ class Translation(Exchange):
         if not self.is_started:
             raise error
         return self._writer.frames(self._rest()) + self._writer.error(error)
+
+
+def _passes(cutter: Cutter, texts: list[bytes]) -> bool:
+    """Whether nothing is to be cut from texts that stand as they are in JSON."""
+    text = b"".join(texts)
+    return b"\\" not in text and cutter.passes(text.decode("ascii"))

@@ -18,6 +18,7 @@ from proxy.dialects.runs import Runs, are_literal
 from proxy.errors import UpstreamFault
 from proxy.passthrough import PassThrough
 from proxy.sse import Event, Parser
+from proxy.stops import Cutter
 from proxy.translation import Translation
 from tests.support.upstream import anthropic_events, data, openai_chunk, openai_chunks
 
@@ -70,7 +71,9 @@ def parsed(reader, stream: bytes) -> list:
     return out
 
 
-def exchanged(reader, reads: list[bytes]) -> list:
+def exchanged(
+    reader, reads: list[bytes], cutter: Cutter | None = None, learns: bool = True
+) -> list:
     writer = Collecting()
     exchange = Translation(
         reader,
@@ -78,7 +81,11 @@ def exchanged(reader, reads: list[bytes]) -> list:
         stream=True,
         content_type="text/event-stream",
         limit_bytes=10**6,
+        cutter=cutter,
     )
+    if not learns:
+        exchange._runs.is_learning = False
+        exchange._runs._lessons = 10**6
     try:
         for read in reads:
             exchange.receive_data(read)
@@ -145,6 +152,33 @@ def test_same_as_a_parser_finds(events, cuts):
     got = spoken(exchanged(OpenAIReader(), reads))
     # An exchange leaves out texts that are empty, and knows one failure more.
     assert [d for d in got if d != Text("")] == [d for d in expected if d != Text("")]
+
+
+# Of few characters, so that what is to be cut comes often, whole and in pieces.
+PIECES = st.text("ab<\n", min_size=1, max_size=2)
+
+
+@given(
+    st.lists(st.lists(PIECES, max_size=3), max_size=6),
+    st.lists(PIECES, max_size=2),
+    st.lists(PIECES, max_size=2),
+)
+@example([["a"], ["b"]], ["a"], [])  # more than what is cut
+@example([["a"], ["b"]], ["ab"], [])  # the rest of what is held back
+@example([["<"], ["b"]], [], ["<"])
+def test_the_same_is_cut_as_event_by_event(texts, stops, ends):
+    reads = [START + PLAIN]
+    for group in texts:
+        events = [PLAIN.replace(b'"word"', literal(text, True)) for text in group]
+        reads.append(b"".join(events))
+    reads.append(FINISH + DONE)
+
+    def said(learns):
+        deltas = exchanged(OpenAIReader(), reads, Cutter(stops, ends), learns)
+        text = "".join(delta.text for delta in deltas if isinstance(delta, Text))
+        return text, [d for d in deltas if not isinstance(d, Text)]
+
+    assert said(learns=True) == said(learns=False)
 
 
 @given(st.lists(EVENTS, max_size=12))
