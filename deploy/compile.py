@@ -20,6 +20,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from shlex import quote
 
 ROOT = Path(__file__).parent.parent
 LOOKUPS = Path(__file__).with_name("lookups.h").resolve()
@@ -595,7 +596,9 @@ def _compile(path: str, shared: str) -> str:
         ("cython", *translate),
         ("Cython.Build.Cythonize", "--inplace", "-j", "1", str(made)),
     )
-    flags = " ".join((os.environ.get("CFLAGS", ""), *CFLAGS, f"-include {LOOKUPS}"))
+    flags = " ".join(
+        (os.environ.get("CFLAGS", ""), *CFLAGS, "-include", quote(str(LOOKUPS)))
+    )
     said = ""
     for step in steps:
         done = subprocess.run(

@@ -108,6 +108,7 @@ TEXTS = st.one_of(
     st.sampled_from(
         ["word", " a", "b", "", '"', "\\", '\\"', "\n", "é", "{", "\u2028"]
     ),
+    st.sampled_from(["long" * 10, "long" * 10 + '"', "é" + "long" * 10]),
     st.text(max_size=6),
 )
 # Texts that are none, or half of one: seen only when the text is wanted.
