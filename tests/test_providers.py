@@ -513,3 +513,18 @@ def test_anthropic_blank_end_is_dropped():
 def test_answer_without_a_question_is_asked_in_a_strict_template():
     (turn,) = fold([message("assistant", "x")])
     assert (turn.role, turn.text) == ("user", "x")
+
+
+def test_no_endpoint_is_asked_as_another_one_that_is_gone():
+    endpoint = Endpoint(URL, access_token="old")
+    provider = PROVIDERS["openaicompatible"](
+        Provider("acme", "openaicompatible", (endpoint,))
+    )
+    made = provider.call(ask(), model(), endpoint)
+    assert made.headers["Authorization"] == "Bearer old"
+    del endpoint
+    for number in range(100):  # one of them would be where that was in memory
+        other = Endpoint("http://other/v1", access_token=f"new-{number}")
+        made = provider.call(ask(), model(), other)
+        assert made.url.startswith("http://other/")
+        assert made.headers["Authorization"] == f"Bearer new-{number}"

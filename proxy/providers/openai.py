@@ -63,9 +63,9 @@ class OpenAICompatibleProvider:
         self._is_tgi = settings.type == "huggingface-tgi"
         self._profile = TGI if self._is_tgi else COMPATIBLE
         self._legacy_completions = settings.use_legacy_completions
-        # They last as long as this, so that each has an identity of its own. (One with
-        # a client's credential is made for a request.)
-        self._endpoints = frozenset(map(id, settings.endpoints))
+        # Kept, so that each has an identity of its own as long as its way is known. (One
+        # with a client's credential is made for a request, and is not among them.)
+        self._endpoints = {id(endpoint): endpoint for endpoint in settings.endpoints}
         self._ways: dict[tuple[int, str, bool], tuple[str, dict[str, str]]] = {}
 
     def call(
