@@ -1,8 +1,8 @@
 """One reply that passes through: client and upstream speak the same dialect.
 
-The bytes are the upstream's; the parser only watches, for errors, usage and the end. Whole events go out
-at a time, so that one that needs a fix-up can be replaced; an error is said as the
-client's own dialect says it. With ``fixer`` None not even that: bytes are bytes, and
+The bytes are the upstream's; the parser only watches, for errors, usage and the end. Whole
+events go out at a time, so that one that needs a fix-up can be replaced; an error is said
+as the client's own dialect says it. With ``fixer`` None not even that: bytes are bytes, and
 what is watched is only written down.
 """
 

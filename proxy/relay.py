@@ -73,7 +73,8 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     ``source`` is what the upstream is called in errors about its status; ``event_bytes``
     the most bytes of one event; ``verbose``: log what goes to and comes from the
     upstream; ``timeouts``: how long the upstream may take, ``connect_s`` among them, which
-    every request asks for; ``keep_alive``: what to say while it is silent; ``reply_headers``: what a successful reply carries besides;
+    every request asks for; ``keep_alive``: what to say while it is silent;
+    ``reply_headers``: what a successful reply carries besides;
     ``clients_credential``: the upstream was asked with the client's own credential, so
     that its refusal is the client's to hear; ``shortest_s``: what ``shortest`` says of
     the clocks; ``heads``: of replies that were said.
